@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen backbone that yields the feature maps F1 (stride 4) and F2 (stride 8)."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+STRIDES = (4, 8)
+
+
+class FeatureExtractor(nn.Module):
+    """Two intermediate feature maps of a frozen timm network.
+
+    The network is built without weights. They are loaded by :meth:`load_weights` when training begins, so that a
+    checkpoint, which carries them, opens on a machine without internet and without the weights file.
+
+    Args:
+        backbone (str): Name of any timm network that supports ``features_only``.
+        layers (Sequence[str]): Names of the layers at strides 4 and 8, as timm lists them.
+
+    Raises:
+        ValueError: If the backbone is unknown to timm, or a layer does not exist or has another stride.
+
+    Note:
+        The paper uses DenseNet-201 up to ``denseblock2`` (section IV-A), with batch normalisation in evaluation mode.
+    """
+
+    weights_loaded: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "densenet201",
+        layers: Sequence[str] = ("features.denseblock1", "features.denseblock2"),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.layers = tuple(layers)
+        self.network = timm.create_model(
+            backbone, pretrained=False, features_only=True, out_indices=_layer_indices(backbone, self.layers)
+        )
+        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
+        self.register_buffer("weights_loaded", torch.tensor(False))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":  # noqa: ARG002 - a frozen network has one mode
+        """Stay in evaluation mode: batch normalisation keeps the statistics of the pre-training."""
+        return super().train(False)
+
+    def load_weights(self, weights_file: str | Path | None = None) -> str:
+        """Load pre-trained weights from a file, or from timm's hub (its cache first).
+
+        Args:
+            weights_file (str | Path | None): State dict of the network, complete or up to the second layer.
+
+        Returns:
+            str: What was loaded, for the log.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file holds another network.
+            RuntimeError: If the hub cannot be reached and its cache does not hold the weights.
+        """
+        if weights_file is not None and not Path(weights_file).is_file():
+            raise FileNotFoundError(f"backbone_weights={str(weights_file)!r} does not exist.")
+        overlay = {"file": str(weights_file)} if weights_file is not None else None
+        device = next(self.network.parameters()).device
+        try:
+            network = timm.create_model(
+                self.backbone,
+                pretrained=True,
+                features_only=True,
+                out_indices=_layer_indices(self.backbone, self.layers),
+                pretrained_cfg_overlay=overlay,
+            )
+        except Exception as error:
+            if weights_file is not None:
+                raise ValueError(
+                    f"backbone_weights={str(weights_file)!r} does not hold weights of {self.backbone!r}: "
+                    f"{_first_line(error)}. Give a state dict (torch.save) of this timm network, or another `backbone`."
+                ) from error
+            raise RuntimeError(
+                f"The weights of {self.backbone!r} are not in the cache and could not be downloaded "
+                f"({_first_line(error)}). Without internet, pass `backbone_weights=FILE` (a state dict of the timm "
+                "network, fetched on another machine), or `pre_trained=False` for random weights."
+            ) from error
+        self.network.load_state_dict(network.state_dict())
+        self.network.to(device)
+        self.weights_loaded.fill_(True)
+        return f"{self.backbone} from {weights_file or 'timm'}"
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute F1 and F2.
+
+        Args:
+            images (Tensor): Normalised images of shape ``(batch, 3, height, width)``, sides divisible by 8.
+
+        Returns:
+            list[Tensor]: F1 ``(batch, channels_1, height / 4, width / 4)`` and
+                F2 ``(batch, channels_2, height / 8, width / 8)``.
+
+        Raises:
+            ValueError: If a side is not divisible by 8.
+        """
+        height, width = images.shape[-2:]
+        if height % STRIDES[-1] or width % STRIDES[-1]:
+            raise ValueError(
+                f"Image size {height}x{width} does not fit the strides {STRIDES}: both sides must be divisible by "
+                f"{STRIDES[-1]}; the nearest size is {_nearest(height)}x{_nearest(width)}. Set it in the pre-processor, "
+                f"e.g. Cpr(pre_processor=Cpr.configure_pre_processor(({_nearest(height)}, {_nearest(width)})))."
+            )
+        with torch.no_grad():
+            return self.network(images)
+
+
+def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
+    """Positions of the named layers in timm's list, after checking their names and strides."""
+    try:
+        info = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.info
+    except Exception as error:
+        raise ValueError(
+            f"backbone={backbone!r} cannot be built as a timm `features_only` network: {_first_line(error)}. "
+            "See timm.list_models()."
+        ) from error
+    strides = {entry["module"]: entry["reduction"] for entry in info}
+    listing = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
+    if len(layers) != len(STRIDES):
+        raise ValueError(f"layers={list(layers)}: expected {len(STRIDES)} names, at strides {STRIDES}. There are {listing}.")
+    for layer, stride in zip(layers, STRIDES, strict=True):
+        if layer not in strides:
+            raise ValueError(f"layers={list(layers)}: {backbone} has no layer {layer!r}. There are {listing}.")
+        if strides[layer] != stride:
+            raise ValueError(
+                f"layers={list(layers)}: {layer!r} has stride {strides[layer]}, expected {stride}. There are {listing}."
+            )
+    names = list(strides)
+    return tuple(names.index(layer) for layer in layers)
+
+
+def _nearest(side: int) -> int:
+    return max(1, round(side / STRIDES[-1])) * STRIDES[-1]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Global retrieval branch: which training images look most like the query?
+
+Every cell of F1 takes its nearest visual word; the word map is cut into blocks x blocks rectangles; each block gives a
+histogram of words. Images are compared block by block, and the worst fifth of the blocks, where a defect may be, is
+left out. Source: CPR (arXiv 2308.06748), section III-B, with the values of the authors' code.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+EPSILON = 1e-8
+
+
+def assign_words(features: Tensor, codebook: Tensor) -> Tensor:
+    """Nearest visual word of every cell.
+
+    Args:
+        features (Tensor): F1 of shape ``(batch, channels, height, width)``.
+        codebook (Tensor): Visual words of shape ``(words, channels)``.
+
+    Returns:
+        Tensor: Indices of shape ``(batch, height, width)``. Of equally near words the first wins.
+    """
+    # |f - w|^2 without |f|^2, which is the same for all words: one 1x1 convolution instead of a (words, ...) difference.
+    similarity = F.conv2d(features, codebook[:, :, None, None], -0.5 * codebook.square().sum(1))
+    return similarity.argmax(1)
+
+
+def block_histograms(words: Tensor, word_count: int, blocks: int) -> Tensor:
+    """Share of each word in each block of the word map.
+
+    Where the number of blocks does not divide a side, blocks are of ceiling size and the padding, before the first
+    cell as in the authors' code, counts as no word.
+
+    Args:
+        words (Tensor): Word map of shape ``(batch, height, width)``.
+        word_count (int): Number of visual words.
+        blocks (int): Blocks per side.
+
+    Returns:
+        Tensor: Histograms of shape ``(batch, blocks * blocks, word_count)``; each sums to the share of cells in the
+            block that are not padding.
+
+    Raises:
+        ValueError: If the map has fewer cells than blocks on a side.
+    """
+    height, width = words.shape[-2:]
+    if min(height, width) < blocks:
+        raise ValueError(
+            f"The feature map of {height}x{width} cells is smaller than the retrieval grid of {blocks}x{blocks} blocks. "
+            f"Use images of at least {4 * blocks} pixels a side, or fewer `blocks`."
+        )
+    block_height, block_width = -(-height // blocks), -(-width // blocks)
+    # One-hot by comparison: exports to ONNX with a dynamic batch, unlike torch.nn.functional.one_hot.
+    one_hot = (words[:, None] == torch.arange(word_count, device=words.device)[None, :, None, None]).float()
+    one_hot = F.pad(one_hot, (block_width * blocks - width, 0, block_height * blocks - height, 0))
+    return F.avg_pool2d(one_hot, (block_height, block_width)).flatten(2).transpose(1, 2)
+
+
+def histogram_distance(query: Tensor, gallery: Tensor, keep: float = 0.8) -> Tensor:
+    """Robust distance: block-wise Kullback-Leibler divergence, summed over the best blocks.
+
+    Args:
+        query (Tensor): Histograms of shape ``(batch, blocks, words)``.
+        gallery (Tensor): Histograms of shape ``(gallery, blocks, words)``.
+        keep (float): Share of blocks that count; the rest, with the largest divergence, is left out.
+
+    Returns:
+        Tensor: Distances of shape ``(batch, gallery)``, float32.
+    """
+    query, gallery = query.float() + EPSILON, gallery.float() + EPSILON
+    # sum q log(q / r) = sum q log q - sum q log r: the second term is a matrix product per block, so that there is no
+    # (batch, gallery, blocks, words) temporary.
+    entropy = (query * query.log()).sum(-1)
+    cross = torch.matmul(query.transpose(0, 1), gallery.log().permute(1, 2, 0))  # (blocks, batch, gallery)
+    divergence = (entropy.T[:, :, None] - cross).permute(1, 2, 0)
+    blocks = divergence.shape[-1]
+    return divergence.topk(max(1, int(blocks * keep)), dim=-1, largest=False).values.sum(-1)
+
+
+class GlobalRetriever(nn.Module):
+    """Finds the training images that look most like a query.
+
+    Args:
+        channels (int): Channels of F1.
+        codebook_size (int): Number of visual words.
+        blocks (int): Blocks per side.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, channels: int, codebook_size: int = 12, blocks: int = 5) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.register_buffer("codebook", torch.zeros(codebook_size, channels))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the codebook was learned (an untrained one is all zeros)."""
+        return bool(self.codebook.any())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Block histograms of visual words.
+
+        Args:
+            features (Tensor): F1 of shape ``(batch, channels, height, width)``.
+
+        Returns:
+            Tensor: Histograms of shape ``(batch, blocks * blocks, codebook_size)``.
+        """
+        words = assign_words(features.float(), self.codebook)
+        return block_histograms(words, self.codebook.shape[0], self.blocks)
+
+    @staticmethod
+    def nearest(histograms: Tensor, gallery: Tensor, k: int, *, exclude_self: bool = False) -> Tensor:
+        """Indices of the nearest gallery images, the most similar first.
+
+        Args:
+            histograms (Tensor): Query histograms of shape ``(batch, blocks, words)``.
+            gallery (Tensor): Gallery histograms of shape ``(gallery, blocks, words)``.
+            k (int): Number of references; the whole gallery if it is smaller.
+            exclude_self (bool): The queries *are* the gallery, and no image may retrieve itself.
+
+        Returns:
+            Tensor: Indices of shape ``(batch, min(k, available))``.
+        """
+        distances = histogram_distance(histograms, gallery)
+        available = gallery.shape[0]
+        if exclude_self:
+            distances.fill_diagonal_(float("inf"))
+            available -= 1
+        return distances.topk(min(k, available), dim=1, largest=False).indices

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local metric head: turns frozen features into descriptors in which normal patches of the same place agree.
+
+Source: CPR (arXiv 2308.06748), section III-C, with the layout of the authors' code. Modules are named as in their
+checkpoints, so that these load without renaming: ``{0, 1, 3, 4}`` inside a head, ``branch0 ... branch3`` inside the
+inception block.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torchvision.models.inception import BasicConv2d
+
+HIDDEN_CHANNELS = 192
+BLOCK_CHANNELS = 256
+
+
+class InceptionBlock(nn.Module):
+    """Four branches of 64 channels: 1x1 | 1x1 then 3x3 | 1x1 | average of 3x3 then 1x1.
+
+    Args:
+        in_channels (int): Channels of the input.
+        out_channels (int): Channels of the output, a quarter from each branch.
+    """
+
+    def __init__(self, in_channels: int = HIDDEN_CHANNELS, out_channels: int = BLOCK_CHANNELS) -> None:
+        super().__init__()
+        branch, narrow = out_channels // 4, in_channels // 4
+        self.branch0 = BasicConv2d(in_channels, branch, kernel_size=1)
+        self.branch1 = nn.Sequential(
+            BasicConv2d(in_channels, narrow, kernel_size=1), BasicConv2d(narrow, branch, kernel_size=3, padding=1)
+        )
+        self.branch2 = nn.Sequential(BasicConv2d(in_channels, branch, kernel_size=1))
+        self.branch3 = nn.Sequential(
+            nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+            BasicConv2d(in_channels, branch, kernel_size=1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Concatenate the branches: ``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
+        return torch.cat([branch(features) for branch in (self.branch0, self.branch1, self.branch2, self.branch3)], 1)
+
+
+class MetricHead(nn.Sequential):
+    """Projection of one feature scale into the learned metric space.
+
+    Args:
+        in_channels (int): Channels of the frozen features.
+        descriptor_channels (int): Channels of the descriptors.
+    """
+
+    def __init__(self, in_channels: int, descriptor_channels: int = 384) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, HIDDEN_CHANNELS, 1),
+            nn.BatchNorm2d(HIDDEN_CHANNELS),
+            nn.ReLU(inplace=True),
+            InceptionBlock(HIDDEN_CHANNELS, BLOCK_CHANNELS),
+            nn.Conv2d(BLOCK_CHANNELS, descriptor_channels, 1),
+        )
+
+    def describe(self, features: Tensor) -> Tensor:
+        """Descriptors of unit length, as inference compares them.
+
+        Args:
+            features (Tensor): Frozen features of shape ``(batch, in_channels, height, width)``.
+
+        Returns:
+            Tensor: Descriptors of shape ``(batch, descriptor_channels, height, width)``, float32.
+        """
+        return F.normalize(self(features).float(), dim=1, eps=1e-8)
+
+    def describe_at(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Descriptors read bilinearly at positions, without their length normalised, as training compares them.
+
+        The last layer is linear, so it commutes with bilinear reading: it is evaluated at the positions only, which
+        saves a third of the head's work. Its bias is weighted by the share of the reading that lies inside the image.
+
+        Args:
+            features (Tensor): Frozen features of shape ``(batch, in_channels, height, width)``.
+            positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1.
+
+        Returns:
+            Tensor: Descriptors of shape ``(batch, descriptor_channels, count)``.
+        """
+        hidden = self[:-1](features)
+        inside = read_at(torch.ones_like(hidden[:, :1]), positions)
+        last: nn.Conv2d = self[-1]  # type: ignore[assignment]
+        weight = last.weight.flatten(1)
+        return torch.matmul(weight, read_at(hidden, positions)) + last.bias[:, None] * inside  # type: ignore[index]
+
+
+def read_at(features: Tensor, positions: Tensor) -> Tensor:
+    """Read a feature map bilinearly.
+
+    Args:
+        features (Tensor): Of shape ``(batch, channels, height, width)``.
+        positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1, where -1 and 1 are the outer edges.
+
+    Returns:
+        Tensor: Of shape ``(batch, channels, count)``.
+    """
+    grid = positions[:, :, None].to(features.dtype)
+    return F.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]

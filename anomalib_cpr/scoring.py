@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scorer: from distances per scale to an anomaly map and an image score."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class Scorer(nn.Module):
+    """Fuses the scales, applies the foreground, smooths, and pools.
+
+    Args:
+        top_pixels (int): Number of largest pixels whose mean is the image score.
+        kernel_size (int): Of the Gaussian blur, in pixels, odd.
+        sigma (float): Of the Gaussian blur, in pixels.
+
+    Note:
+        CPR (arXiv 2308.06748), section III-E. The authors add the cosine distances of both scales (0..4) and sum the
+        512 largest pixels; here both are means, of distances halved, so that maps and scores lie in 0..1. The ranking
+        is the same. Predictions outside 0..1 would be squashed by torchmetrics' sigmoid, under which scores tie.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, top_pixels: int = 512, kernel_size: int = 33, sigma: float = 4.0) -> None:
+        super().__init__()
+        self.top_pixels = top_pixels
+        offsets = torch.arange(kernel_size, dtype=torch.float32) - kernel_size // 2
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
+
+    def forward(self, distances: Sequence[Tensor], foreground: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Anomaly map and image score.
+
+        Args:
+            distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first,
+                ``(batch, 1, height_i, width_i)``.
+            foreground (Tensor): Foreground of ``(batch, 1, height_0, width_0)``, the largest of query and references.
+            size (tuple[int, int]): Height and width of the image, in pixels.
+
+        Returns:
+            tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
+        """
+        cells = distances[0].shape[-2:]
+        fused = torch.stack([F.interpolate(distance, cells, mode="bilinear") for distance in distances]).mean(0) / 2
+        anomaly_map = F.interpolate(fused, size, mode="bilinear") * F.interpolate(foreground, size, mode="bilinear")
+        anomaly_map = self.blur(anomaly_map)
+        top = anomaly_map.flatten(1).topk(min(self.top_pixels, size[0] * size[1]), dim=1, sorted=False).values
+        return anomaly_map, top.mean(1)
+
+    def blur(self, image: Tensor) -> Tensor:
+        """Gaussian blur, separable, mirrored at the borders; narrow images are extended by their edge instead."""
+        radius = len(self.kernel) // 2
+        for dimension, shape in ((-2, (1, 1, -1, 1)), (-1, (1, 1, 1, -1))):
+            pad = (0, 0, radius, radius) if dimension == -2 else (radius, radius, 0, 0)
+            mode = "reflect" if image.shape[dimension] > radius else "replicate"
+            image = F.conv2d(F.pad(image, pad, mode=mode), self.kernel.view(shape))
+        return image
