@@ -99,5 +99,5 @@ def read_at(features: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Tensor: Of shape ``(batch, channels, count)``.
     """
-    grid = positions[:, :, None].to(features.dtype)
-    return F.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
+    # Always float32: in half precision a position is only known to a twentieth of a cell.
+    return F.grid_sample(features.float(), positions[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPR as an anomalib model: what `anomalib train --model Cpr` and `Engine().fit(Cpr())` run."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
+from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
+from .progress import progress_bar, stage
+from .resume_point import ResumePoint
+from .synthetic_anomalies import SyntheticAnomalyGenerator
+from .torch_model import CprModel
+from .training import TrainingData, draw_image_pairs, training_loss
+from .training_images import TrainingImages, load_training_images
+from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 1
+IMAGE_SIZE = (320, 320)
+
+
+class Cpr(AnomalibModule):
+    """Cascade Patch Retrieval: retrieve similar good parts, compare patches in a learned metric.
+
+    Training reads each image once, learns a codebook and a foreground estimate, and then trains two small heads on
+    synthetic anomalies. A step compares as many pairs of images as the data module's ``train_batch_size`` says. The
+    default number of steps is the paper's, 40,000 for objects and 500 for textures; any limit given to the trainer
+    (``max_steps``, ``max_epochs``, ``max_time``) wins.
+
+    Args:
+        backbone (str): Name of any timm network that supports ``features_only``.
+        layers (Sequence[str]): Its layers at strides 4 and 8.
+        pre_trained (bool): Use ImageNet weights; otherwise random ones.
+        backbone_weights (str | Path | None): File with the backbone's weights (a state dict of the timm network), for
+            machines without internet. None asks timm's hub, its cache first.
+        descriptor_channels (int): Channels of the learned descriptors: 384 in the paper, 64 and 16 in its fast variants.
+        k (int): Number of references. More than there are training images means all of them.
+        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd.
+        codebook_size (int): Number of visual words.
+        blocks (int): Blocks per side of the retrieval grid.
+        kind (Literal["object", "texture", "auto"]): Objects get a foreground estimate, textures do not. ``auto`` knows
+            the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
+        anomaly_source_path (str | Path | None): Folder of texture images (e.g. DTD) for synthetic anomalies. None
+            draws procedural textures.
+        training_steps (int | None): Steps if the trainer sets no limit. None means the paper's number.
+        learning_rate (float): Of AdamW.
+        weight_decay (float): Of AdamW.
+        learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
+        warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
+        resume_point_minutes (float): Time between the points from which an interrupted training can be resumed.
+        pre_processor (nn.Module | bool): Pre-processor, or whether to use the default one.
+        post_processor (nn.Module | bool): Post-processor, or whether to use the default one.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
+        visualizer (Visualizer | bool): Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If a value is out of range.
+        FileNotFoundError: If ``anomaly_source_path`` does not exist.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_cpr import Cpr
+        >>> engine = Engine(max_steps=200)
+        >>> engine.train(Cpr(descriptor_channels=64), datamodule=MVTecAD(category="screw"))
+
+    Note:
+        Source: "Target before Shooting: Accurate Anomaly Detection and Localization under One Millisecond via Cascade
+        Patch Retrieval", arXiv 2308.06748, IEEE TIP 33, with the values of the authors' code.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "densenet201",
+        layers: Sequence[str] = ("features.denseblock1", "features.denseblock2"),
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        descriptor_channels: int = 384,
+        k: int = 10,
+        window_sizes: Sequence[int] = (3, 1),
+        codebook_size: int = 12,
+        blocks: int = 5,
+        kind: Literal["object", "texture", "auto"] = "auto",
+        anomaly_source_path: str | Path | None = None,
+        training_steps: int | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
+        warm_up_steps: int = 20,
+        resume_point_minutes: float = 10.0,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        if kind not in {"object", "texture", "auto"}:
+            raise ValueError(f"kind={kind!r}: must be 'object', 'texture' or 'auto'.")
+        if learning_rate_schedule not in {"cosine", "constant"}:
+            raise ValueError(f"learning_rate_schedule={learning_rate_schedule!r}: must be 'cosine' or 'constant'.")
+        if training_steps is not None and training_steps < 1:
+            raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
+        self.model: CprModel = CprModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            backbone_weights=backbone_weights,
+            descriptor_channels=descriptor_channels,
+            k=k,
+            window_sizes=window_sizes,
+            codebook_size=codebook_size,
+            blocks=blocks,
+        )
+        self.kind = kind
+        self.anomaly_source_path = anomaly_source_path
+        self.training_steps = training_steps
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.learning_rate_schedule = learning_rate_schedule
+        self.warm_up_steps = warm_up_steps
+        self.resume_point_minutes = resume_point_minutes
+
+        self.resolved_kind: Kind | None = None if kind == "auto" else kind
+        self.seed: int | None = None
+        self.saves_bank = True
+        self._training_data: TrainingData | None = None
+        self._synthesise: SyntheticAnomalyGenerator | None = None
+        self._plan: StepPlan | None = None
+        self._batch_size = 0
+        self._given_by_user: tuple[Any, int | None] | None = None
+
+    # --- what anomalib asks of every model
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments that the Engine imposes on the trainer: no validation before there is anything to validate."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """CPR learns from good images only."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize without antialiasing, as the authors do and as exported models must, and ImageNet normalisation.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width in pixels, divisible by 8. Defaults to 320x320.
+
+        Returns:
+            PreProcessor: The pre-processor.
+        """
+        return PreProcessor(
+            transform=v2.Compose(
+                [
+                    v2.Resize(image_size or IMAGE_SIZE, antialias=False),
+                    v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+                ]
+            )
+        )
+
+    @staticmethod
+    def configure_post_processor() -> PostProcessor:
+        """anomalib's thresholds and normalisation.
+
+        Returns:
+            PostProcessor: The post-processor.
+        """
+        return PostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's components, and the one that keeps long trainings safe."""
+        return [*super().configure_callbacks(), ResumePoint(self.resume_point_minutes)]  # type: ignore[misc]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on the heads."""
+        optimizer = torch.optim.AdamW(
+            self.model.metric_heads.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        total = self._plan.steps if self._plan is not None else None
+        return learning_rate_factor(step, total, self.learning_rate_schedule, self.warm_up_steps)
+
+    # --- before the first step
+
+    def on_fit_start(self) -> None:
+        """Read the images, learn codebook and foreground, and find the neighbours; skip what a checkpoint holds."""
+        resumed = self.trainer.ckpt_path is not None and self.model.global_retriever.is_fitted
+        if self.seed is None or not resumed:
+            self.seed = torch.initial_seed() % 2**63
+        if not resumed:
+            self.resolved_kind = None if self.kind == "auto" else self.kind
+        rank_zero_info(f"Backbone: {self.model.load_backbone_weights()}")
+        loader = self._take_over_loader()
+        self._batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 32)
+
+        with stage("Training images"):
+            total = len(loader.dataset)  # type: ignore[arg-type]
+            images = load_training_images(
+                loader, getattr(self.pre_processor, "transform", None), self.seed, self._track("Training images", total)
+            )
+        if resumed:
+            self._check_resumed(images)
+        else:
+            self._learn_retrieval(images)
+        neighbours = self.model.global_retriever.nearest(
+            self.model.bank.histograms, self.model.bank.histograms, self.model.k, exclude_self=True
+        )
+        assert self.resolved_kind is not None  # noqa: S101 - narrows the type: decided above or in the checkpoint
+        self._training_data = TrainingData(images, neighbours.cpu(), self.resolved_kind)
+        self._synthesise = SyntheticAnomalyGenerator(
+            self.anomaly_source_path, structure_probability=0.5 if self.resolved_kind == "object" else 0.0
+        )
+        self._plan_training()
+        cells = [(images.size[0] // stride, images.size[1] // stride) for stride in (4, 8)]
+        rank_zero_info(
+            f"{len(images)} training images of {images.size[0]}x{images.size[1]} in memory "
+            f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will take "
+            f"{self.model.bank.size_for(len(images), cells):.0f} MB on {self.device}. "
+            f"A step compares {self._batch_size} pairs of images (train_batch_size)."
+        )
+
+    def _take_over_loader(self) -> torch.utils.data.DataLoader:
+        """Put a loader of steps in place of the user's loader, which is read only once; return the user's."""
+        source = self.trainer.fit_loop._data_source  # noqa: SLF001 - Lightning has no public way
+        loader = source.dataloader()
+        self._given_by_user = (source.instance, self.trainer.fit_loop.max_epochs)
+        source.instance = StepLoader(self._remaining_batches)
+        return loader
+
+    def _learn_retrieval(self, images: TrainingImages) -> None:
+        model, bank = self.model, self.model.bank
+        bank.clear()
+        model.foreground_estimator.disable()
+        seed, count = int(self.seed or 0), len(images)
+        batches = -(-count // self._preparation_batch)
+        with stage("Features"):
+            samples = collect_samples(
+                model, self._track("Features", batches)(self._batches(images)), count, seed
+            )
+        with stage("Codebook"):
+            words = cluster_centres(samples["anywhere"], len(model.global_retriever.codebook), seed)
+            model.global_retriever.codebook.copy_(torch.from_numpy(words))
+        with stage("Foreground"):
+            self._learn_foreground(samples, seed)
+        with stage("Histograms"):
+            describe_globally(model, self._batches(images), self._track("Histograms", batches))
+
+    def _learn_foreground(self, samples: dict[str, Any], seed: int) -> None:
+        kind, reason = self.resolved_kind, f"kind={self.kind!r} was given"
+        if kind is None:
+            datamodule = getattr(self.trainer, "datamodule", None)
+            category = getattr(datamodule, "category", None)
+            kind = known_kind(datamodule, category)
+            reason = f"category {category!r} of {type(datamodule).__name__}"
+        discriminant = estimate_foreground(samples, seed) if kind != "texture" else None
+        if kind is None:
+            kind, reason = kind_from_features(discriminant)
+            reason += "; overrule it with kind='object' or kind='texture'"
+        self.resolved_kind = kind
+        if kind == "object" and discriminant is not None:
+            self.model.foreground_estimator.set_discriminant(discriminant)
+        elif kind == "object":
+            rank_zero_warn("No foreground was found: border and middle of the images look alike. All of it counts.")
+        rank_zero_info(f"Kind: {kind} ({reason}).")
+
+    def _check_resumed(self, images: TrainingImages) -> None:
+        count, size = self.model.bank.histograms.shape[0], self.model.bank.foregrounds.shape[-2:]
+        if count != len(images) or tuple(side // 4 for side in images.size) != tuple(size):
+            raise ValueError(
+                f"ckpt_path={self.trainer.ckpt_path} was trained on {count} images of {4 * size[0]}x{4 * size[1]} pixels, "
+                f"the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with the same data, or "
+                "train anew without ckpt_path."
+            )
+        rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")
+
+    def _plan_training(self) -> None:
+        data = self._training_data
+        assert data is not None  # noqa: S101 - narrows the type
+        self._plan = plan_steps(
+            max_epochs=self.trainer.max_epochs,
+            max_steps=self.trainer.max_steps,
+            accumulate=self.trainer.accumulate_grad_batches,
+            images=len(data.images),
+            batch_size=self._batch_size,
+            default_steps=self.training_steps or PAPER_STEPS[data.kind],
+        )
+        if self._plan.epochs is not None:
+            self.trainer.fit_loop.max_epochs = self._plan.epochs
+        if self._plan.steps is None and self.learning_rate_schedule != "constant":
+            rank_zero_warn("The learning rate stays constant: without max_steps or max_epochs its end is not known.")
+
+    def _remaining_batches(self) -> int:
+        assert self._plan is not None  # noqa: S101 - narrows the type
+        return remaining_batches(self._plan, self.trainer)
+
+    # --- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Free descriptors that the step is going to outdate."""
+        del batch, batch_idx
+        self.model.bank.clear()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """One step of metric learning.
+
+        Args:
+            batch (Any): Placeholder of the step loader.
+            batch_idx (int): Batch within the epoch.
+
+        Returns:
+            Tensor: The loss.
+        """
+        del batch
+        data, synthesise = self._training_data, self._synthesise
+        assert data is not None and synthesise is not None and self.seed is not None  # noqa: S101, PT018
+        generator = step_generator(self.seed, self.global_rank, self.trainer.global_step, batch_idx)
+        images = draw_image_pairs(data, self.model.bank.foregrounds, synthesise, self._batch_size, generator)
+        positive, negative = training_loss(self.model, data, images, generator)
+        loss = positive + negative
+        self.log("train_loss", loss, prog_bar=True, batch_size=self._batch_size)
+        self.log("train_loss_positive", positive, batch_size=self._batch_size)
+        self.log("train_loss_negative", negative, batch_size=self._batch_size)
+        return loss
+
+    # --- the reference bank
+
+    def build_bank(self) -> None:
+        """Describe the training images with the heads as they are now, if that was not done since the last step."""
+        data = self._training_data
+        if data is None or len(self.model.bank):
+            return
+        with stage("Reference bank"):
+            batches = -(-len(data.images) // self._preparation_batch)
+            self.model.remember(self._track("Reference bank", batches)(self._batches(data.images)))
+
+    def on_validation_start(self) -> None:
+        """Build the bank that validation compares with."""
+        self.build_bank()
+
+    def on_train_end(self) -> None:
+        """Leave a model that can predict, also where nothing was validated."""
+        self.build_bank()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the bank and what a resumed training needs to know."""
+        super().on_save_checkpoint(checkpoint)
+        if self.saves_bank:
+            self.build_bank()
+            for name, buffer in self.model.bank.named_buffers():
+                checkpoint["state_dict"][f"model.bank.{name}"] = buffer
+        checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what was decided in training."""
+        super().on_load_checkpoint(checkpoint)
+        own = checkpoint.get("cpr", {})
+        if own.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"The checkpoint has format {own['format']}, this anomalib_cpr reads up to {CHECKPOINT_FORMAT}. "
+                "Upgrade anomalib_cpr."
+            )
+        self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
+
+    def teardown(self, stage: str) -> None:
+        """Free the training images and leave the trainer as it was."""
+        if stage == "fit":
+            self.end_fit()
+
+    def end_fit(self) -> None:
+        """Free the training images, and give the trainer its own loader and limits back."""
+        if self._given_by_user is not None:
+            source = self.trainer.fit_loop._data_source  # noqa: SLF001
+            source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
+        self._given_by_user = self._training_data = self._synthesise = None
+
+    # --- evaluation
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Predict a batch.
+
+        Args:
+            batch (Batch): Images, normalised by the pre-processor.
+            args (Any): Unused.
+            kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with predictions.
+        """
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    # --- helpers
+
+    @property
+    def _preparation_batch(self) -> int:
+        """Images per batch where nothing is learned: memory stays low, and 8 keep a GPU busy enough."""
+        return 8
+
+    def _batches(self, images: TrainingImages) -> Iterator[Tensor]:
+        return images.batches(self._preparation_batch, self.device)
+
+    def _track(self, description: str, total: int) -> Any:  # noqa: ANN401
+        enabled = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        return progress_bar(description, total, enabled=enabled)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learned from the training images before the first step: codebook, foreground, histograms."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from .foreground import Discriminant, fit_discriminant, ring_and_centre
+from .torch_model import CprModel
+
+SAMPLES = 50_000
+
+
+def collect_samples(
+    model: CprModel, batches: Iterable[Tensor], count: int, seed: int, samples: int = SAMPLES
+) -> dict[str, np.ndarray]:
+    """Random features F1 of the training images: from everywhere, from the border and from the middle.
+
+    Args:
+        model (CprModel): Gives the features.
+        batches (Iterable[Tensor]): Normalised images, ``(batch, 3, height, width)`` each.
+        count (int): Number of images.
+        seed (int): Of the choice.
+        samples (int): At most so many features of each.
+
+    Returns:
+        dict[str, np.ndarray]: Keys ``anywhere``, ``ring`` and ``centre``, each ``(count, channels)``, in random order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, list[Tensor]] = {"anywhere": [], "ring": [], "centre": []}
+    for images in batches:
+        with torch.no_grad():
+            features = model.feature_extractor(images)[0].float().permute(0, 2, 3, 1).cpu()
+        ring, centre = ring_and_centre(*features.shape[1:3])
+        for name, mask in (("anywhere", torch.ones_like(ring)), ("ring", ring), ("centre", centre)):
+            cells = mask.flatten().nonzero()[:, 0]
+            per_image = min(len(cells), -(-samples // count))
+            for image in features.flatten(1, 2):
+                chosen[name].append(image[cells[torch.randperm(len(cells), generator=generator)[:per_image]]])
+    result = {}
+    for name, parts in chosen.items():
+        everything = torch.cat(parts)
+        result[name] = everything[torch.randperm(len(everything), generator=generator)[:samples]].numpy()
+    return result
+
+
+def cluster_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """K-means with 10 restarts, as the authors run it.
+
+    Args:
+        features (np.ndarray): Of shape ``(count, channels)``.
+        clusters (int): Number of centres.
+        seed (int): Of the restarts.
+
+    Returns:
+        np.ndarray: Centres of shape ``(clusters, channels)``. Where there are fewer distinct features than clusters,
+            centres repeat.
+    """
+    # One thread: sums of several threads are added in the order in which they finish, so that two runs would differ in
+    # the last bits, and with them, in rare cases, everything that is retrieved.
+    with threadpool_limits(limits=1):
+        return KMeans(clusters, n_init=10, random_state=seed % 2**32).fit(features).cluster_centers_.astype(np.float32)
+
+
+def estimate_foreground(samples: dict[str, np.ndarray], seed: int) -> Discriminant | None:
+    """Learn to tell foreground from background.
+
+    Args:
+        samples (dict[str, np.ndarray]): From :func:`collect_samples`.
+        seed (int): Of the clustering.
+
+    Returns:
+        Discriminant | None: None if the border of the images looks like their middle.
+    """
+    if np.ptp(samples["anywhere"], axis=0).max() == 0:
+        return None
+    with threadpool_limits(limits=1):
+        return fit_discriminant(
+            samples["ring"], samples["centre"], samples["anywhere"], cluster_centres(samples["anywhere"], 2, seed)
+        )
+
+
+@torch.no_grad()
+def describe_globally(model: CprModel, batches: Iterable[Tensor], track: Callable[[Iterable], Iterator] = iter) -> None:
+    """Write histograms and foreground maps of the training images into the model's bank.
+
+    Args:
+        model (CprModel): With codebook and foreground estimator fitted.
+        batches (Iterable[Tensor]): Normalised images, ``(batch, 3, height, width)`` each.
+        track (Callable): Wraps the iteration, for a progress bar.
+    """
+    histograms, foregrounds = [], []
+    for images in track(batches):
+        features = model.feature_extractor(images)[0].float()
+        histograms.append(model.global_retriever(features))
+        foregrounds.append(model.foreground_estimator(features))
+    model.bank.histograms = torch.cat(histograms)
+    model.bank.foregrounds = torch.cat(foregrounds)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a long training safe between Lightning's own checkpoints, and on Ctrl-C."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+RESUME_NAME = "resume.ckpt"
+INTERRUPTED_NAME = "interrupted.ckpt"
+
+
+class ResumePoint(Callback):
+    """Saves a point to resume from every few minutes, and a usable checkpoint when training is interrupted.
+
+    Both lie beside the Engine's own checkpoint and are written only if the trainer keeps checkpoints at all.
+    A resume point leaves out the reference bank, which is large and outdated by the next step. It is removed when
+    training ends well.
+
+    Args:
+        minutes (float): Time between resume points.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self._last = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save a resume point if the time has come."""
+        del pl_module, args, kwargs
+        folder = _folder(trainer)
+        due = time.monotonic() - self._last > 60 * self.minutes
+        if folder is not None and trainer.strategy.reduce_boolean_decision(due):
+            self._save(trainer, folder / RESUME_NAME, bank=False)
+            self._last = time.monotonic()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what was learned."""
+        try:
+            self._rescue(trainer, exception)
+        finally:
+            # A later fit with this trainer must find it as the user made it; Lightning runs no teardown hook here.
+            pl_module.end_fit()
+
+    def _rescue(self, trainer: Trainer, exception: BaseException) -> None:
+        folder = _folder(trainer)
+        if folder is None or not trainer.training or trainer.global_step == 0:
+            return
+        # The quick one first: building the bank takes a while, and may be what failed.
+        self._save(trainer, folder / RESUME_NAME, bank=False)
+        rank_zero_info(f"Training can be resumed at step {trainer.global_step}: ckpt_path={folder / RESUME_NAME}")
+        if isinstance(exception, KeyboardInterrupt):
+            self._save(trainer, folder / INTERRUPTED_NAME, bank=True)
+            rank_zero_info(f"What was learned so far can be tested and resumed: ckpt_path={folder / INTERRUPTED_NAME}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the resume point: the final checkpoint holds more."""
+        del pl_module
+        folder = _folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            (folder / RESUME_NAME).unlink(missing_ok=True)
+
+    @staticmethod
+    def _save(trainer: Trainer, path: Path, *, bank: bool) -> None:
+        module = trainer.lightning_module
+        module.saves_bank = bank
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            module.saves_bank = True
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    """Where the Engine keeps its checkpoint; None if it keeps none."""
+    if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks):
+        return None
+    return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cascade as one PyTorch module: what validates, predicts and exports."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from .feature_extractor import FeatureExtractor
+from .foreground import ForegroundEstimator
+from .global_retrieval import GlobalRetriever
+from .matching import match
+from .metric_head import MetricHead
+from .reference_bank import ReferenceBank
+from .scoring import Scorer
+
+
+class CprModel(nn.Module):
+    """Cascade Patch Retrieval.
+
+    Picks the training images that look most like the query, then compares each patch of the query with the patches at
+    nearly the same place of these references only, in a metric that was learned for that comparison.
+
+    Args:
+        backbone (str): Name of a timm network.
+        layers (Sequence[str]): Its layers at strides 4 and 8.
+        pre_trained (bool): Start from ImageNet weights; otherwise from random ones.
+        backbone_weights (str | Path | None): File with the backbone's weights, for machines without internet.
+        descriptor_channels (int): Channels of the learned descriptors: 384 in the paper, 64 and 16 in its fast variants.
+        k (int): Number of references. More than there are training images means all of them.
+        window_sizes (Sequence[int]): Side of the matching window per scale, in cells, odd.
+        codebook_size (int): Number of visual words.
+        blocks (int): Blocks per side of the retrieval grid.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Note:
+        Source: "Target before Shooting", arXiv 2308.06748, with the values of the authors' code.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "densenet201",
+        layers: Sequence[str] = ("features.denseblock1", "features.denseblock2"),
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        descriptor_channels: int = 384,
+        k: int = 10,
+        window_sizes: Sequence[int] = (3, 1),
+        codebook_size: int = 12,
+        blocks: int = 5,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("k", k, 1),
+            ("descriptor_channels", descriptor_channels, 1),
+            ("codebook_size", codebook_size, 2),
+            ("blocks", blocks, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}.")
+        if len(window_sizes) != 2 or any(size < 1 or size % 2 == 0 for size in window_sizes):
+            raise ValueError(f"window_sizes={list(window_sizes)}: expected two odd numbers, one per scale.")
+        if backbone_weights is not None and not pre_trained:
+            raise ValueError(f"backbone_weights={str(backbone_weights)!r} contradicts pre_trained=False; give one of them.")
+        self.pre_trained = pre_trained
+        self.backbone_weights = backbone_weights
+        self.k = k
+        self.window_sizes = tuple(window_sizes)
+
+        self.feature_extractor = FeatureExtractor(backbone, layers)
+        self.global_retriever = GlobalRetriever(self.feature_extractor.channels[0], codebook_size, blocks)
+        self.foreground_estimator = ForegroundEstimator(self.feature_extractor.channels[0])
+        self.metric_heads = nn.ModuleList(
+            MetricHead(channels, descriptor_channels) for channels in self.feature_extractor.channels
+        )
+        self.scorer = Scorer()
+        self.bank = ReferenceBank(descriptor_channels, codebook_size, blocks)
+
+    def load_backbone_weights(self) -> str:
+        """Load the backbone's weights, unless a checkpoint has brought them.
+
+        Returns:
+            str: Which weights the backbone has, for the log.
+        """
+        if bool(self.feature_extractor.weights_loaded):
+            return f"{self.feature_extractor.backbone}, weights from the checkpoint"
+        if not self.pre_trained:
+            return f"{self.feature_extractor.backbone} with random weights (pre_trained=False)"
+        return self.feature_extractor.load_weights(self.backbone_weights)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Find and outline anomalies.
+
+        Args:
+            images (Tensor): Normalised images of shape ``(batch, 3, height, width)``, of the size of the training.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(batch,)`` and ``anomaly_map`` of shape
+                ``(batch, 1, height, width)``, both in 0..1, 0 meaning that every patch was found on the references.
+
+        Raises:
+            RuntimeError: If the model was not fitted.
+            ValueError: If the size is not that of the training.
+        """
+        features = self.feature_extractor(images)
+        self.bank.check(features[0].shape[-2:])
+        queries = [head.describe(f) for head, f in zip(self.metric_heads, features, strict=True)]
+
+        with full_precision(images.device):
+            histograms = self.global_retriever(features[0])
+            references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
+
+            foreground = self.foreground_estimator(features[0].float())
+            foreground = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1).amax(1, keepdim=True)
+
+            distances = [
+                match(query, gallery, references, window)
+                for query, gallery, window in zip(queries, self.bank.descriptors, self.window_sizes, strict=True)
+            ]
+            anomaly_map, score = self.scorer(distances, foreground, images.shape[-2:])
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+    @torch.no_grad()
+    def remember(self, batches: Sequence[Tensor] | Callable[[], Sequence[Tensor]]) -> None:
+        """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
+
+        Args:
+            batches (Sequence[Tensor] | Callable): Normalised images, ``(batch, 3, height, width)`` each.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            start, count = 0, self.bank.histograms.shape[0]
+            for images in batches() if callable(batches) else batches:
+                features = self.feature_extractor(images)
+                descriptors = [head.describe(f) for head, f in zip(self.metric_heads, features, strict=True)]
+                if start == 0:
+                    self.bank.allocate(count, [tuple(d.shape[-2:]) for d in descriptors])  # type: ignore[misc]
+                self.bank.write(start, descriptors)
+                start += len(images)
+        except BaseException:
+            self.bank.clear()  # a half-filled bank would silently compare with noise
+            raise
+        finally:
+            self.train(was_training)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Leave autocast, under which a rounded distance could change which references are retrieved.
+
+    Args:
+        device (torch.device): Where the tensors are.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+

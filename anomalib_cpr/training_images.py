@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training images, each decoded once and kept in memory as the pre-processor leaves them."""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingImages:
+    """Images in 0..1, and the normalisation that the backbone expects.
+
+    Args:
+        images (Tensor): Of shape ``(count, 3, height, width)``, float32 in 0..1.
+        normalize (v2.Normalize | None): Normalisation of the pre-processor; None if it has none.
+    """
+
+    def __init__(self, images: Tensor, normalize: v2.Normalize | None) -> None:
+        self.images = images
+        self._normalize = normalize
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.images.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.images.shape[-2:]
+        return height, width
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalise images as the pre-processor does: ``(batch, 3, height, width)`` in 0..1 to the same shape."""
+        return images if self._normalize is None else self._normalize(images)
+
+    def take(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Images in 0..1 on a device, ``(len(indices), 3, height, width)``."""
+        return self.images[indices].to(device)
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """All images in order, normalised, ``(batch, 3, height, width)`` each."""
+        for images in self.images.split(batch_size):
+            yield self.normalize(images.to(device))
+
+
+def load_training_images(
+    loader: DataLoader,
+    transform: nn.Module | None,
+    seed: int,
+    track: Callable[[Iterable], Iterable] = iter,
+) -> TrainingImages:
+    """Read every image of a data loader once.
+
+    The data module's own augmentations are respected: they are drawn once per image, from the seed, as for anomalib's
+    other models with a memory bank.
+
+    Args:
+        loader (DataLoader): The user's training loader; its data set and number of workers are used.
+        transform (nn.Module | None): Transform of the pre-processor. Its final normalisation is kept apart.
+        seed (int): Of the random augmentations.
+        track (Callable): Wraps the iteration, for a progress bar.
+
+    Returns:
+        TrainingImages: The images.
+
+    Raises:
+        ValueError: If there are fewer than two images, or the images differ in size.
+        RuntimeError: If an image cannot be read; names the file.
+    """
+    dataset = _RepeatableDataset(loader.dataset, seed)
+    if len(dataset) == 0:
+        raise ValueError("There are no training images. Check `root`, `category` and the folder of good images.")
+    resize, normalize = split_transform(transform)
+    reader = DataLoader(
+        dataset, batch_size=None, num_workers=loader.num_workers, generator=torch.Generator().manual_seed(seed)
+    )
+    images: Tensor | None = None
+    count = 0
+    for image, anomalous in track(reader):
+        if anomalous:
+            continue
+        prepared = resize(image[None]).float()
+        if images is None:
+            images = torch.empty(len(dataset), *prepared.shape[1:])
+        if prepared.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"Training images differ in size after pre-processing: {tuple(prepared.shape[-2:])} and "
+                f"{tuple(images.shape[-2:])}. Let the pre-processor resize them, e.g. Cpr.configure_pre_processor((320, 320))."
+            )
+        images[count] = prepared[0]
+        count += 1
+    if count < len(dataset):
+        logger.warning("%d of %d training images are labelled anomalous and are left out.", len(dataset) - count, len(dataset))
+    if images is None or count < 2:
+        raise ValueError(
+            f"There is only {count} training image without anomaly; CPR compares images with one another and needs at "
+            "least 2, better 50 or more."
+            if count
+            else "All training images are labelled anomalous; CPR learns from good ones."
+        )
+    return TrainingImages(images[:count], normalize)
+
+
+def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Tensor], v2.Normalize | None]:
+    """Part a pre-processor's transform into what comes before its final normalisation, and the normalisation.
+
+    Augmentation and synthetic anomalies belong between the two: they work on colours in 0..1.
+
+    Args:
+        transform (nn.Module | None): The transform, usually a Compose.
+
+    Returns:
+        tuple[Callable[[Tensor], Tensor], v2.Normalize | None]: Both parts; None if there is no normalisation at the end.
+    """
+    parts = list(transform.transforms) if isinstance(transform, v2.Compose) else [transform] if transform else []
+    normalize = parts.pop() if parts and isinstance(parts[-1], v2.Normalize) else None
+    return (v2.Compose(parts) if parts else nn.Identity()), normalize
+
+
+class _RepeatableDataset(Dataset):
+    """Yields image and label, the same at every pass and for any number of workers; names a file that cannot be read."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:  # noqa: ANN401 - any map-style data set of image items
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+        state = random.getstate(), np.random.get_state()  # noqa: NPY002 - augmentations may use the global generators
+        try:
+            with torch.random.fork_rng(devices=[]):
+                seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                torch.manual_seed(seed)
+                item = self.dataset[index]
+        except Exception as error:
+            raise RuntimeError(f"Training image {self._path(index)} cannot be read: {error}. Repair or remove it.") from error
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])  # noqa: NPY002
+        image = item.image
+        if image.shape[0] == 1:
+            image = image.expand(3, -1, -1)
+        return image.as_subclass(Tensor), bool(item.gt_label) if item.gt_label is not None else False
+
+    def _path(self, index: int) -> str:
+        samples = getattr(self.dataset, "samples", None)
+        if samples is not None and "image_path" in samples:
+            return str(samples.iloc[index].image_path)
+        return f"number {index}"
