@@ -130,7 +130,9 @@ def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
     strides = {entry["module"]: entry["reduction"] for entry in info}
     listing = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
     if len(layers) != len(STRIDES):
-        raise ValueError(f"layers={list(layers)}: expected {len(STRIDES)} names, at strides {STRIDES}. There are {listing}.")
+        raise ValueError(
+            f"layers={list(layers)}: expected {len(STRIDES)} names, at strides {STRIDES}. There are {listing}."
+        )
     for layer, stride in zip(layers, STRIDES, strict=True):
         if layer not in strides:
             raise ValueError(f"layers={list(layers)}: {backbone} has no layer {layer!r}. There are {listing}.")

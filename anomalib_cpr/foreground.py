@@ -56,7 +56,9 @@ class Discriminant:
     centre_background: float
 
 
-def fit_discriminant(ring: np.ndarray, centre: np.ndarray, sample: np.ndarray, centres: np.ndarray) -> Discriminant | None:
+def fit_discriminant(
+    ring: np.ndarray, centre: np.ndarray, sample: np.ndarray, centres: np.ndarray
+) -> Discriminant | None:
     """Learn the decision from features of the border and of the middle of the training images.
 
     Args:

@@ -15,7 +15,18 @@ Kind = Literal["object", "texture"]
 KNOWN_CATEGORIES: dict[str, dict[str, Kind]] = {
     "MVTecAD": {
         **dict.fromkeys(
-            ("bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper"),
+            (
+                "bottle",
+                "cable",
+                "capsule",
+                "hazelnut",
+                "metal_nut",
+                "pill",
+                "screw",
+                "toothbrush",
+                "transistor",
+                "zipper",
+            ),
             "object",
         ),
         **dict.fromkeys(("carpet", "grid", "leather", "tile", "wood"), "texture"),

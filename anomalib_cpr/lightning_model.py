@@ -258,9 +258,7 @@ class Cpr(AnomalibModule):
         seed, count = int(self.seed or 0), len(images)
         batches = -(-count // self._preparation_batch)
         with stage("Features"):
-            samples = collect_samples(
-                model, self._track("Features", batches)(self._batches(images)), count, seed
-            )
+            samples = collect_samples(model, self._track("Features", batches)(self._batches(images)), count, seed)
         with stage("Codebook"):
             words = cluster_centres(samples["anywhere"], len(model.global_retriever.codebook), seed)
             model.global_retriever.codebook.copy_(torch.from_numpy(words))

@@ -25,18 +25,23 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int) -> Te
         CPR (arXiv 2308.06748), section III-C: 3x3 at stride 4, 1x1 at stride 8.
     """
     height, width = query.shape[-2:]
-    radius = window // 2
+    shifts = [(down, right) for down in _shifts(window, height) for right in _shifts(window, width)]
     best: Tensor | None = None
     for k in range(references.shape[1]):
         reference = gallery[references[:, k]].float()
-        for down in range(-radius, radius + 1):
-            for right in range(-radius, radius + 1):
-                similarity = _shifted_similarity(query, reference, down, right, height, width)
-                best = similarity if best is None else torch.maximum(best, similarity)
+        for down, right in shifts:
+            similarity = _shifted_similarity(query, reference, down, right, height, width)
+            best = similarity if best is None else torch.maximum(best, similarity)
     if best is None:
         raise ValueError("No references to match with: k must be at least 1.")
     # Rounding may push a perfect match a little above 1.
     return (1 - best[:, None]).clamp(0, 2)
+
+
+def _shifts(window: int, side: int) -> range:
+    """Shifts of a window, as far as they leave something of the map."""
+    radius = min(window // 2, side - 1)
+    return range(-radius, radius + 1)
 
 
 def _shifted_similarity(query: Tensor, reference: Tensor, down: int, right: int, height: int, width: int) -> Tensor:

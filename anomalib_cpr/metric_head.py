@@ -82,11 +82,13 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, count)``.
         """
-        hidden = self[:-1](features)
+        *first, last = self
+        hidden = features
+        for layer in first:
+            hidden = layer(hidden)
         inside = read_at(torch.ones_like(hidden[:, :1]), positions)
-        last: nn.Conv2d = self[-1]  # type: ignore[assignment]
         weight = last.weight.flatten(1)
-        return torch.matmul(weight, read_at(hidden, positions)) + last.bias[:, None] * inside  # type: ignore[index]
+        return torch.matmul(weight, read_at(hidden, positions)) + last.bias[:, None] * inside
 
 
 def read_at(features: Tensor, positions: Tensor) -> Tensor:
@@ -100,4 +102,6 @@ def read_at(features: Tensor, positions: Tensor) -> Tensor:
         Tensor: Of shape ``(batch, channels, count)``.
     """
     # Always float32: in half precision a position is only known to a twentieth of a cell.
-    return F.grid_sample(features.float(), positions[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
+    return F.grid_sample(
+        features.float(), positions[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=False
+    )[..., 0]

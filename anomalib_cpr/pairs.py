@@ -95,7 +95,10 @@ def sample_patch_pairs(
     reference = torch.cat([normal[:, :count], normal.gather(1, first), anomalous], dim=1)
     valid = torch.cat([normal_valid[:, :count], far.gather(1, first), anomalous_valid], dim=1)
     return PatchPairs(
-        query=_to_positions(query, height, width), reference=_to_positions(reference, height, width), valid=valid, count=count
+        query=_to_positions(query, height, width),
+        reference=_to_positions(reference, height, width),
+        valid=valid,
+        count=count,
     )
 
 

@@ -66,7 +66,9 @@ class CprModel(nn.Module):
         if len(window_sizes) != 2 or any(size < 1 or size % 2 == 0 for size in window_sizes):
             raise ValueError(f"window_sizes={list(window_sizes)}: expected two odd numbers, one per scale.")
         if backbone_weights is not None and not pre_trained:
-            raise ValueError(f"backbone_weights={str(backbone_weights)!r} contradicts pre_trained=False; give one of them.")
+            raise ValueError(
+                f"backbone_weights={str(backbone_weights)!r} contradicts pre_trained=False; give one of them."
+            )
         self.pre_trained = pre_trained
         self.backbone_weights = backbone_weights
         self.k = k
@@ -116,7 +118,9 @@ class CprModel(nn.Module):
             references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
 
             foreground = self.foreground_estimator(features[0].float())
-            foreground = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1).amax(1, keepdim=True)
+            foreground = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1).amax(
+                1, keepdim=True
+            )
 
             distances = [
                 match(query, gallery, references, window)
@@ -159,5 +163,3 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-

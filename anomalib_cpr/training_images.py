@@ -98,7 +98,9 @@ def load_training_images(
         images[count] = prepared[0]
         count += 1
     if count < len(dataset):
-        logger.warning("%d of %d training images are labelled anomalous and are left out.", len(dataset) - count, len(dataset))
+        logger.warning(
+            "%d of %d training images are labelled anomalous and are left out.", len(dataset) - count, len(dataset)
+        )
     if images is None or count < 2:
         raise ValueError(
             f"There is only {count} training image without anomaly; CPR compares images with one another and needs at "
@@ -145,7 +147,9 @@ class _RepeatableDataset(Dataset):
                 torch.manual_seed(seed)
                 item = self.dataset[index]
         except Exception as error:
-            raise RuntimeError(f"Training image {self._path(index)} cannot be read: {error}. Repair or remove it.") from error
+            raise RuntimeError(
+                f"Training image {self._path(index)} cannot be read: {error}. Repair or remove it."
+            ) from error
         finally:
             random.setstate(state[0])
             np.random.set_state(state[1])  # noqa: NPY002

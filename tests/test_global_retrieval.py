@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from anomalib_cpr.global_retrieval import GlobalRetriever, assign_words, block_histograms, histogram_distance
+
+
+def test_each_cell_takes_its_nearest_word():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 4, 6, generator=generator)
+    codebook = torch.randn(7, 5, generator=generator)
+    words = assign_words(features, codebook)
+    for image in range(2):
+        for row in range(4):
+            for column in range(6):
+                distances = [float(((features[image, :, row, column] - word) ** 2).sum()) for word in codebook]
+                assert int(words[image, row, column]) == distances.index(min(distances))
+
+
+def test_equal_words_resolve_to_the_first():
+    assert assign_words(torch.ones(1, 3, 2, 2), torch.ones(4, 3)).eq(0).all()
+
+
+def slow_histograms(words, word_count, blocks):
+    """Count cell by cell; padding stands before the first cell and belongs to no word."""
+    height, width = words.shape[-2:]
+    tall, wide = math.ceil(height / blocks), math.ceil(width / blocks)
+    pad_rows, pad_columns = tall * blocks - height, wide * blocks - width
+    result = torch.zeros(len(words), blocks * blocks, word_count)
+    for image in range(len(words)):
+        for row in range(height):
+            for column in range(width):
+                block = (row + pad_rows) // tall * blocks + (column + pad_columns) // wide
+                result[image, block, words[image, row, column]] += 1 / (tall * wide)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "blocks"), [(10, 10, 5), (8, 12, 5), (5, 5, 5), (7, 9, 2), (6, 4, 1), (11, 5, 3)]
+)
+def test_block_histograms(height, width, blocks):
+    words = torch.randint(4, (2, height, width), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(block_histograms(words, 4, blocks), slow_histograms(words, 4, blocks), atol=1e-6)
+
+
+def test_image_smaller_than_the_grid():
+    with pytest.raises(ValueError, match=r"4x9 cells.*5x5 blocks.*at least 20 pixels"):
+        block_histograms(torch.zeros(1, 4, 9, dtype=torch.long), 3, 5)
+
+
+def slow_distance(query, reference, keep):
+    divergences = []
+    for q, r in zip(query.tolist(), reference.tolist(), strict=True):
+        divergences.append(sum((a + 1e-8) * math.log((a + 1e-8) / (b + 1e-8)) for a, b in zip(q, r, strict=True)))
+    return sum(sorted(divergences)[: max(1, int(len(divergences) * keep))])
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 25])
+def test_distance_leaves_out_the_worst_blocks(blocks):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.rand(3, blocks, 6, generator=generator)
+    gallery = torch.rand(4, blocks, 6, generator=generator)
+    query, gallery = query / query.sum(-1, keepdim=True), gallery / gallery.sum(-1, keepdim=True)
+    gallery[0, 0, 0] = 0  # a word that the reference does not have at all
+    distances = histogram_distance(query, gallery)
+    for i in range(3):
+        for j in range(4):
+            assert float(distances[i, j]) == pytest.approx(slow_distance(query[i], gallery[j], 0.8), rel=1e-4, abs=1e-5)
+
+
+def test_nearest_orders_excludes_self_and_stops_at_the_gallery():
+    histograms = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(3))
+    histograms = histograms / histograms.sum(-1, keepdim=True)
+    everyone = GlobalRetriever.nearest(histograms, histograms, 100)
+    assert everyone.shape == (6, 6)
+    assert everyone[:, 0].tolist() == list(range(6))
+    others = GlobalRetriever.nearest(histograms, histograms, 100, exclude_self=True)
+    assert others.shape == (6, 5)
+    assert all(image not in row for image, row in enumerate(others.tolist()))
+    assert others.tolist() == everyone[:, 1:].tolist()

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.matching import match
+
+
+def slow_match(query, gallery, references, window):
+    """Every cell, every reference, every shift, one by one."""
+    batch, _, height, width = query.shape
+    result = torch.empty(batch, 1, height, width)
+    for image in range(batch):
+        for row in range(height):
+            for column in range(width):
+                best = -2.0
+                for reference in references[image].tolist():
+                    for down in range(-(window // 2), window // 2 + 1):
+                        for right in range(-(window // 2), window // 2 + 1):
+                            y, x = row + down, column + right
+                            if 0 <= y < height and 0 <= x < width:
+                                dot = float(query[image, :, row, column] @ gallery[reference, :, y, x])
+                                best = max(best, dot)
+                result[image, 0, row, column] = 1 - best
+    return result
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window", "k"), [(5, 5, 3, 2), (4, 7, 1, 3), (3, 6, 5, 1), (1, 1, 3, 2), (2, 3, 7, 2)]
+)
+def test_smallest_distance_over_references_and_window(height, width, window, k):
+    generator = torch.Generator().manual_seed(0)
+    query = F.normalize(torch.randn(2, 8, height, width, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(4, 8, height, width, generator=generator), dim=1)
+    references = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(2)])
+    assert torch.allclose(
+        match(query, gallery, references, window), slow_match(query, gallery, references, window), atol=1e-6
+    )
+
+
+def test_an_image_matches_itself_perfectly():
+    descriptors = F.normalize(torch.randn(3, 16, 9, 9, generator=torch.Generator().manual_seed(1)), dim=1)
+    distance = match(descriptors, descriptors, torch.arange(3)[:, None], 3)
+    assert distance.min() >= 0
+    assert distance.max() < 1e-6
+
+
+def test_batch_size_changes_nothing():
+    generator = torch.Generator().manual_seed(2)
+    query = F.normalize(torch.randn(8, 16, 10, 12, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(5, 16, 10, 12, generator=generator), dim=1)
+    references = torch.randint(5, (8, 3), generator=generator)
+    whole = match(query, gallery, references, 3)
+    single = torch.cat([match(query[i : i + 1], gallery, references[i : i + 1], 3) for i in range(8)])
+    assert torch.equal(whole, single)
+
+
+def test_no_references():
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        match(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.empty(1, 0, dtype=torch.long), 3)

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.metric_head import InceptionBlock, MetricHead, read_at
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return MetricHead(16, 24).eval()
+
+
+def test_descriptors_have_unit_length(head):
+    descriptors = head.describe(torch.randn(2, 16, 9, 11))
+    assert descriptors.shape == (2, 24, 9, 11)
+    assert torch.allclose(descriptors.norm(dim=1), torch.ones(2, 9, 11), atol=1e-5)
+
+
+def test_reading_before_the_last_layer_equals_reading_after_it(head):
+    """Also at the edges, where bilinear reading reaches beyond the map and the bias must fade with it."""
+    features = torch.randn(2, 16, 9, 11)
+    positions = torch.cat(
+        [torch.rand(2, 200, 2) * 2 - 1, torch.tensor([[[-1.0, -1], [1, 1], [-1, 1], [0, -1]]] * 2)], 1
+    )
+    assert torch.allclose(head.describe_at(features, positions), read_at(head(features), positions), atol=1e-5)
+
+
+def test_read_at_against_a_loop():
+    features = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    positions = torch.rand(1, 30, 2, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    result = read_at(features, positions)
+    for index, (x, y) in enumerate(positions[0].tolist()):
+        column, row = (x + 1) / 2 * 6 - 0.5, (y + 1) / 2 * 4 - 0.5
+        expected = torch.zeros(3)
+        for i in range(4):
+            for j in range(6):
+                expected += max(0, 1 - abs(row - i)) * max(0, 1 - abs(column - j)) * features[0, :, i, j]
+        assert torch.allclose(result[0, :, index], expected, atol=1e-5)
+
+
+def test_layout_is_that_of_the_released_checkpoints():
+    names = set(MetricHead(256, 384).state_dict())
+    for name in (
+        "0.weight",
+        "0.bias",
+        "1.running_mean",
+        "3.branch0.conv.weight",
+        "3.branch1.0.bn.weight",
+        "3.branch1.1.conv.weight",
+        "3.branch2.0.conv.weight",
+        "3.branch3.1.bn.running_var",
+        "4.weight",
+        "4.bias",
+    ):
+        assert name in names
+    assert not any("conv.bias" in name for name in names)
+
+
+def test_inception_block_has_the_published_shapes():
+    block = InceptionBlock(192, 256)
+    assert block.branch1[0].conv.weight.shape == (48, 192, 1, 1)
+    assert block.branch1[1].conv.weight.shape == (64, 48, 3, 3)
+    assert block.branch0.bn.eps == 1e-3
+    assert block(torch.randn(1, 192, 5, 5)).shape == (1, 256, 5, 5)
+
+
+def test_average_pool_does_not_count_padding():
+    pool = InceptionBlock(4, 8).branch3[0]
+    assert torch.equal(pool(torch.ones(1, 4, 3, 3)), torch.ones(1, 4, 3, 3))
+
+
+def test_zero_features_do_not_give_nan(head):
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    assert torch.equal(head.describe(torch.zeros(1, 16, 3, 3)), torch.zeros(1, 24, 3, 3))
+    assert F.cosine_similarity(torch.zeros(1, 3), torch.zeros(1, 3)).isfinite().all()

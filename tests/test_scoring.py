@@ -1,0 +1,50 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.scoring import Scorer
+
+
+def slow_score(distances, foreground, size):
+    """OpenCV's blur and numpy's sort, one image at a time."""
+    height, width = size
+    fused = (distances[0] + F.interpolate(distances[1], distances[0].shape[-2:], mode="bilinear")) / 4
+    pixels = F.interpolate(fused, size, mode="bilinear") * F.interpolate(foreground, size, mode="bilinear")
+    maps = [cv2.GaussianBlur(image[0].numpy(), (33, 33), 4, borderType=cv2.BORDER_REFLECT_101) for image in pixels]
+    scores = [np.sort(image.ravel())[-min(512, height * width) :].mean() for image in maps]
+    return torch.from_numpy(np.stack(maps))[:, None], torch.tensor(np.array(scores))
+
+
+@pytest.mark.parametrize("size", [(80, 80), (72, 120), (40, 48)])
+def test_map_and_score(size):
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    distances = [2 * torch.rand(2, 1, height // stride, width // stride, generator=generator) for stride in (4, 8)]
+    foreground = torch.rand(2, 1, height // 4, width // 4, generator=generator)
+    expected_map, expected_score = slow_score(distances, foreground, size)
+    anomaly_map, score = Scorer()(distances, foreground, size)
+    assert torch.allclose(anomaly_map, expected_map, atol=1e-5)
+    assert torch.allclose(score, expected_score.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 0.0), (2.0, 1.0)])
+def test_extreme_distances_stay_in_0_to_1(value, expected):
+    distances = [torch.full((1, 1, 20, 20), value), torch.full((1, 1, 10, 10), value)]
+    anomaly_map, score = Scorer()(distances, torch.ones(1, 1, 20, 20), (80, 80))
+    assert torch.allclose(anomaly_map, torch.full_like(anomaly_map, expected), atol=1e-6)
+    assert score.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_background_is_not_anomalous():
+    distances = [torch.full((1, 1, 20, 20), 2.0), torch.full((1, 1, 10, 10), 2.0)]
+    anomaly_map, score = Scorer()(distances, torch.zeros(1, 1, 20, 20), (80, 80))
+    assert anomaly_map.max() == 0
+    assert score == 0
+
+
+def test_image_smaller_than_the_pooled_pixels_and_the_blur():
+    anomaly_map, score = Scorer()([torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 2)], torch.ones(1, 1, 2, 4), (8, 16))
+    assert anomaly_map.shape == (1, 1, 8, 16)
+    assert torch.isfinite(score).all()
