@@ -181,7 +181,7 @@ class Cpr(AnomalibModule):
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:
-        """anomalib's thresholds and normalisation.
+        """Anomalib's thresholds and normalisation.
 
         Returns:
             PostProcessor: The post-processor.
@@ -189,7 +189,7 @@ class Cpr(AnomalibModule):
         return PostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """anomalib's components, and the one that keeps long trainings safe."""
+        """Anomalib's components, and the one that keeps long trainings safe."""
         return [*super().configure_callbacks(), ResumePoint(self.resume_point_minutes)]  # type: ignore[misc]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

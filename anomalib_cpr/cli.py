@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``anomalib-cpr``: what goes beside anomalib's own commands.
+
+Each subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, named in :data:`COMMANDS`. Only
+the module of the command that was asked for is imported, so ``doctor`` works where the others cannot be imported.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import __version__
+
+# name -> (module of this package, what `anomalib-cpr --help` says about it)
+COMMANDS = {
+    "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv (Sequence[str] | None): Arguments; those of the process by default.
+
+    Returns:
+        int: Exit code of the process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="anomalib-cpr",
+        description="Tools of the CPR model for anomalib. Training, testing and export: see `anomalib --help`.",
+    )
+    parser.add_argument("--version", action="version", version=f"anomalib-cpr {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run = None
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if argv[:1] == [name]:
+            module = import_module(f"{__package__}.{module_name}")
+            module.add_arguments(subparser)
+            run = module.run
+    arguments = parser.parse_args(argv)
+    if run is None:
+        parser.print_help()
+        return 2
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
