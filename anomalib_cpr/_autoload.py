@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the package known to anomalib without an import by the user.
 
-anomalib has no entry points for plugins, but torch has: at the end of ``import torch`` it calls every ``torch.backends``
-entry point, here :func:`autoload`. An exception at that moment would make torch unimportable, and a slow import would
-slow torch down, so this module needs nothing but the standard library and does nothing but wait: the real work,
-:func:`anomalib_cpr.registration.register`, runs when ``anomalib.models`` or ``anomalib.data`` has been imported.
+anomalib has no entry points for plugins, but torch has: at the end of ``import torch`` it calls every entry point of the
+group ``torch.backends``, here :func:`autoload`. An exception at that moment would make torch unimportable, and a slow
+import would slow torch down, so this module needs nothing but the standard library and does nothing but wait: the real
+work, :func:`anomalib_cpr.registration.register`, runs when ``anomalib.models`` or ``anomalib.data`` has been imported.
 
 A module can be in three states when the hook arrives::
 
@@ -38,7 +38,7 @@ def autoload() -> None:
                 del sys.modules[name]
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - whatever it is, torch must stay importable
+    except BaseException as error:  # whatever it is, torch must stay importable
         _log_quietly(error)
 
 
@@ -49,7 +49,7 @@ def on_package_import() -> None:
             install()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - the package itself must stay importable, for `anomalib-cpr doctor`
+    except BaseException as error:  # the package itself must stay importable, for `anomalib-cpr doctor`
         _log_quietly(error)
 
 
@@ -124,7 +124,7 @@ def _watch(spec: ModuleSpec) -> None:
         def _initializing(self, value: bool) -> None:
             self.__dict__["_initializing"] = value
             if not value:
-                self.__class__ = plain
+                self.__class__ = plain  # type: ignore[assignment]
                 _register_quietly()
 
     try:
@@ -139,7 +139,7 @@ def _register_quietly() -> None:
         _register_when_possible()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - anomalib's import must not fail because of a plugin
+    except BaseException as error:  # anomalib's import must not fail because of a plugin
         _log_quietly(error)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``anomalib-cpr``: what goes beside anomalib's own commands.
 
-Each subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, named in :data:`COMMANDS`. Only
-the module of the command that was asked for is imported, so ``doctor`` works where the others cannot be imported.
+Each subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, named in :data:`COMMANDS`.
+Only the module of the command that was asked for is imported, so ``doctor`` works where the others cannot be imported.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 
 The module imports nothing but the standard library, since anything else may be what is missing.
 """
+# ruff: noqa: PLC0415 - for the same reason, other libraries are imported where they are used
 
 import argparse
 import inspect
@@ -47,6 +48,8 @@ OPTIONAL = {
 }
 FAISS_DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
+BACKBONE = "densenet201"
+
 PROBE_MARK = "anomalib-cpr-probe:"
 PROBE_SECONDS = 300
 
@@ -77,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="try this file as Cpr's `backbone_weights` instead of the caches"
     )
-    parser.add_argument("--backbone", default="densenet201", help="timm network to look for (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         int: 1 if a form of registration fails or the given weights file is unfit, else 0.
     """
     registration = check_registration()
-    weights = [check_weights(arguments.backbone, arguments.weights)]
+    weights = [check_weights(arguments.weights)]
     report = {
         "Versions": check_versions(),
         "Registration with anomalib": registration,
@@ -146,7 +148,7 @@ def check_registration() -> list[Finding]:
         return [*findings, Finding("anomalib's forms", MISSING, f"{absent[0]} is missing", REQUIRED[absent[0]])]
     first = f"import {PACKAGE}\n" if switched_off else ""
     output, results = _run_probe(f"{first}{inspect.getsource(_probe)}\n_probe({PROBE_MARK!r})\n")
-    if results is None:
+    if not isinstance(results, dict):
         return [*findings, Finding("anomalib's forms", FAILED, _last_line(output), "see the versions above")]
     advice = "see the reason; then `pip install --force-reinstall --no-deps anomalib-cpr`, or report it"
     findings += [
@@ -168,7 +170,9 @@ def _probe(mark: str) -> None:
     import tempfile
     from pathlib import Path
 
-    sys.path[:] = [entry for entry in sys.path if entry]  # `python -c` looks into the current folder, `anomalib` does not
+    sys.path[:] = [
+        entry for entry in sys.path if entry
+    ]  # `python -c` looks into the current folder, `anomalib` does not
     logging.disable()
     from anomalib.cli import AnomalibCLI
     from anomalib.data import get_datamodule
@@ -193,6 +197,14 @@ def _probe(mark: str) -> None:
         grid = {"seed": 1, "model": {"class_path": "Cpr"}, "data": {"class_path": "MVTec"}}
         list(BenchmarkJobGenerator("cpu").generate_jobs(grid, None))
 
+    def reason_of_failure(ask: Callable[[], object]) -> str | None:
+        try:
+            ask()
+        except (Exception, SystemExit) as error:  # the command line ends with SystemExit
+            cause = error.__cause__ or error.__context__ or error
+            return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        return None
+
     forms = {
         "list_models()": lambda: need("cpr" in list_models()),
         'get_model("cpr")': lambda: get_model("cpr"),
@@ -208,22 +220,14 @@ def _probe(mark: str) -> None:
         ),
         "anomalib benchmark (Cpr, MVTec in its YAML)": benchmark,
     }
-    results = {}
-    for form, ask in forms.items():
-        try:
-            ask()
-            results[form] = None
-        except (Exception, SystemExit) as error:
-            cause = error.__cause__ or error.__context__ or error
-            results[form] = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-    print("\n" + mark + json.dumps(results))
+
+    print("\n" + mark + json.dumps({form: reason_of_failure(ask) for form, ask in forms.items()}))
 
 
-def check_weights(backbone: str, file: Path | None = None) -> Finding:
-    """Look for the backbone's weights, without downloading anything.
+def check_weights(file: Path | None = None) -> Finding:
+    """Look for the weights of the paper's backbone, without downloading anything.
 
     Args:
-        backbone (str): Name of the timm network.
         file (Path | None): File to be tried; the caches of Hugging Face and torch otherwise.
 
     Returns:
@@ -235,35 +239,35 @@ def check_weights(backbone: str, file: Path | None = None) -> Finding:
     )
     try:
         if file is not None:
-            from .feature_extractor import FeatureExtractor  # noqa: PLC0415 - needs torch and timm
+            from .feature_extractor import FeatureExtractor
 
-            return Finding(backbone, OK, FeatureExtractor(backbone).load_weights(file))
-        found = _cached_weights(backbone)
-    except Exception as error:  # noqa: BLE001 - anything may be wrong with an installation or a file
+            return Finding(BACKBONE, OK, FeatureExtractor().load_weights(file))
+        found = _cached_weights(BACKBONE)
+    except Exception as error:  # anything may be wrong with an installation or a file
         reason = f"{type(error).__name__}: {error}"
-        return Finding(backbone, FAILED, reason, "see the versions above" if isinstance(error, ImportError) else "")
+        return Finding(BACKBONE, FAILED, reason, "see the versions above" if isinstance(error, ImportError) else "")
     if found is None:
-        return Finding(backbone, MISSING, "not in the caches of Hugging Face and torch", advice)
-    return Finding(backbone, OK, str(found))
+        return Finding(BACKBONE, MISSING, "not in the caches of Hugging Face and torch", advice)
+    return Finding(BACKBONE, OK, str(found))
 
 
 def _cached_weights(backbone: str) -> Path | None:
     """File in which timm would find the weights of a network without a download."""
-    import timm  # noqa: PLC0415 - may be missing
-    from torch import hub  # noqa: PLC0415 - may be missing
+    import timm
+    from torch import hub
 
     config = timm.get_pretrained_cfg(backbone)
     if config is None:
         raise ValueError(f"timm has no weights for backbone={backbone!r}; see timm.list_pretrained()")
     if config.hf_hub_id:
-        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - comes with timm
+        from huggingface_hub import try_to_load_from_cache
 
         for name in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
             found = try_to_load_from_cache(config.hf_hub_id, name) if name else None
             if isinstance(found, str):
                 return Path(found)
     if config.url:
-        file = Path(hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]
+        file = Path(hub.get_dir()) / "checkpoints" / str(config.url).rpartition("/")[2]
         return file if file.is_file() else None
     return None
 
@@ -275,8 +279,8 @@ def check_devices() -> list[Finding]:
         list[Finding]: One line per device.
     """
     try:
-        import torch  # noqa: PLC0415 - may be missing
-    except Exception as error:  # noqa: BLE001 - a broken torch raises whatever it likes
+        import torch
+    except Exception as error:  # a broken torch raises whatever it likes
         return [Finding("torch", FAILED, f"{type(error).__name__}: {error}", REQUIRED["torch"])]
     findings = [Finding("cpu", OK, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
     for kind in ("cuda", "xpu"):
@@ -337,6 +341,8 @@ def _version(distribution: str) -> str | None:
 
 def _run_probe(code: str) -> tuple[str, dict | list | None]:
     """Run code in a fresh process: what it printed, and the results in its marked line."""
+    # `python -c` looks into the current folder, the command `anomalib` does not.
+    code = f"import sys\nsys.path[:] = [entry for entry in sys.path if entry]\n{code}"
     try:
         process = subprocess.run(  # noqa: S603 - this module's own code
             [sys.executable, "-W", "ignore", "-c", code],
@@ -381,9 +387,9 @@ def _plain_writer() -> Callable[[str, list[Finding]], None]:
 
 def _table_writer() -> Callable[[str, list[Finding]], None]:
     """Printing with ``rich``."""
-    from rich.console import Console  # noqa: PLC0415 - may be missing
-    from rich.table import Table  # noqa: PLC0415 - may be missing
-    from rich.text import Text  # noqa: PLC0415 - may be missing
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     colours = {OK: "green", MISSING: "yellow", FAILED: "bold red", NOTE: "dim"}
     console = Console()

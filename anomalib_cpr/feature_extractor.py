@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,7 +45,7 @@ class FeatureExtractor(nn.Module):
         self.network = timm.create_model(
             backbone, pretrained=False, features_only=True, out_indices=_layer_indices(backbone, self.layers)
         )
-        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
+        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())  # type: ignore[operator, union-attr]
         self.register_buffer("weights_loaded", torch.tensor(False))
         self.requires_grad_(False).eval()
 
@@ -111,8 +112,8 @@ class FeatureExtractor(nn.Module):
         if height % STRIDES[-1] or width % STRIDES[-1]:
             raise ValueError(
                 f"Image size {height}x{width} does not fit the strides {STRIDES}: both sides must be divisible by "
-                f"{STRIDES[-1]}; the nearest size is {_nearest(height)}x{_nearest(width)}. Set it in the pre-processor, "
-                f"e.g. Cpr(pre_processor=Cpr.configure_pre_processor(({_nearest(height)}, {_nearest(width)})))."
+                f"{STRIDES[-1]}; nearest is {_nearest(height)}x{_nearest(width)}. Set it in the pre-processor: "
+                f"Cpr(pre_processor=Cpr.configure_pre_processor(({_nearest(height)}, {_nearest(width)})))."
             )
         with torch.no_grad():
             return self.network(images)
@@ -121,7 +122,8 @@ class FeatureExtractor(nn.Module):
 def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
     """Positions of the named layers in timm's list, after checking their names and strides."""
     try:
-        info = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.info
+        network: Any = timm.create_model(backbone, pretrained=False, features_only=True)
+        info = network.feature_info.info
     except Exception as error:
         raise ValueError(
             f"backbone={backbone!r} cannot be built as a timm `features_only` network: {_first_line(error)}. "

@@ -23,7 +23,7 @@ def assign_words(features: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         Tensor: Indices of shape ``(batch, height, width)``. Of equally near words the first wins.
     """
-    # |f - w|^2 without |f|^2, which is the same for all words: one 1x1 convolution instead of a (words, ...) difference.
+    # |f - w|^2 without |f|^2, which is the same for all words: a 1x1 convolution, not a (words, ...) difference.
     similarity = F.conv2d(features, codebook[:, :, None, None], -0.5 * codebook.square().sum(1))
     return similarity.argmax(1)
 
@@ -49,8 +49,8 @@ def block_histograms(words: Tensor, word_count: int, blocks: int) -> Tensor:
     height, width = words.shape[-2:]
     if min(height, width) < blocks:
         raise ValueError(
-            f"The feature map of {height}x{width} cells is smaller than the retrieval grid of {blocks}x{blocks} blocks. "
-            f"Use images of at least {4 * blocks} pixels a side, or fewer `blocks`."
+            f"The feature map of {height}x{width} cells is smaller than the retrieval grid of {blocks}x{blocks} "
+            f"blocks. Use images of at least {4 * blocks} pixels a side, or fewer `blocks`."
         )
     block_height, block_width = -(-height // blocks), -(-width // blocks)
     # One-hot by comparison: exports to ONNX with a dynamic batch, unlike torch.nn.functional.one_hot.

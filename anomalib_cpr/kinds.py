@@ -76,6 +76,6 @@ def kind_from_features(discriminant: Discriminant | None) -> tuple[Kind, str]:
     contrast = discriminant.ring_background - discriminant.centre_background
     kind: Kind = "object" if contrast > OBJECT_CONTRAST else "texture"
     return kind, (
-        f"{discriminant.ring_background:.0%} of the border but {discriminant.centre_background:.0%} of the middle of the "
-        f"training images belongs to the background cluster (object: more than {OBJECT_CONTRAST:.0%} apart)"
+        f"{discriminant.ring_background:.0%} of the border but {discriminant.centre_background:.0%} of the middle "
+        f"of the training images belongs to the background cluster (object: more than {OBJECT_CONTRAST:.0%} apart)"
     )

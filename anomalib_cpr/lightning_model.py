@@ -50,7 +50,7 @@ class Cpr(AnomalibModule):
         pre_trained (bool): Use ImageNet weights; otherwise random ones.
         backbone_weights (str | Path | None): File with the backbone's weights (a state dict of the timm network), for
             machines without internet. None asks timm's hub, its cache first.
-        descriptor_channels (int): Channels of the learned descriptors: 384 in the paper, 64 and 16 in its fast variants.
+        descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
         window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd.
         codebook_size (int): Number of visual words.
@@ -215,7 +215,7 @@ class Cpr(AnomalibModule):
             self.resolved_kind = None if self.kind == "auto" else self.kind
         rank_zero_info(f"Backbone: {self.model.load_backbone_weights()}")
         loader = self._take_over_loader()
-        self._batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 32)
+        self._batch_size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32)
 
         with stage("Training images"):
             total = len(loader.dataset)  # type: ignore[arg-type]
@@ -289,9 +289,9 @@ class Cpr(AnomalibModule):
         count, size = self.model.bank.histograms.shape[0], self.model.bank.foregrounds.shape[-2:]
         if count != len(images) or tuple(side // 4 for side in images.size) != tuple(size):
             raise ValueError(
-                f"ckpt_path={self.trainer.ckpt_path} was trained on {count} images of {4 * size[0]}x{4 * size[1]} pixels, "
-                f"the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with the same data, or "
-                "train anew without ckpt_path."
+                f"ckpt_path={self.trainer.ckpt_path} was trained on {count} images of {4 * size[0]}x{4 * size[1]} "
+                f"pixels, the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with "
+                "the same data, or train anew without ckpt_path."
             )
         rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")
 

@@ -6,6 +6,8 @@ checkpoints, so that these load without renaming: ``{0, 1, 3, 4}`` inside a head
 inception block.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -82,13 +84,13 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, count)``.
         """
-        *first, last = self
+        first, last = list(self)[:-1], cast("nn.Conv2d", self[-1])
         hidden = features
         for layer in first:
             hidden = layer(hidden)
         inside = read_at(torch.ones_like(hidden[:, :1]), positions)
         weight = last.weight.flatten(1)
-        return torch.matmul(weight, read_at(hidden, positions)) + last.bias[:, None] * inside
+        return torch.matmul(weight, read_at(hidden, positions)) + cast("Tensor", last.bias)[:, None] * inside
 
 
 def read_at(features: Tensor, positions: Tensor) -> Tensor:

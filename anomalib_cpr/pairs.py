@@ -78,7 +78,7 @@ def sample_patch_pairs(
     Returns:
         PatchPairs: Positions and which of them are real.
     """
-    batch, _, height, width = anomalies.shape
+    height, width = anomalies.shape[-2:]
     inside = anomalies.flatten(1)
     normal_weights = (~inside).float() if weights is None else weights.flatten(1).float() * ~inside
     normal, normal_valid = draw_without_replacement(normal_weights, 2 * count, generator)
@@ -103,6 +103,6 @@ def sample_patch_pairs(
 
 
 def _to_positions(indices: Tensor, height: int, width: int) -> Tensor:
-    """Pixel indices to x and y in -1..1, the centres of the first and last pixel being -1 and 1 as the authors have it."""
+    """Pixel indices to x and y in -1..1; the centres of the first and last pixel are -1 and 1, as the authors have it."""
     x, y = indices % width, indices // width
     return torch.stack([2 * x / max(1, width - 1) - 1, 2 * y / max(1, height - 1) - 1], dim=-1)

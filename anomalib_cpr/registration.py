@@ -60,7 +60,7 @@ def _publish(module: ModuleType, name: str, home: str) -> None:
         value = getattr(import_module(f"{PACKAGE}.{home}"), name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - a broken installation must not take anomalib with it
+    except BaseException as error:  # a broken installation must not take anomalib with it
         _failures[name] = f"{type(error).__name__}: {error}"
         logger.warning(
             "%s is not available in %s (%s). anomalib's own classes are not affected. "

@@ -3,7 +3,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -48,7 +48,7 @@ class ResumePoint(Callback):
             self._rescue(trainer, exception)
         finally:
             # A later fit with this trainer must find it as the user made it; Lightning runs no teardown hook here.
-            pl_module.end_fit()
+            cast("Any", pl_module).end_fit()
 
     def _rescue(self, trainer: Trainer, exception: BaseException) -> None:
         folder = _folder(trainer)
@@ -70,7 +70,7 @@ class ResumePoint(Callback):
 
     @staticmethod
     def _save(trainer: Trainer, path: Path, *, bank: bool) -> None:
-        module = trainer.lightning_module
+        module = cast("Any", trainer.lightning_module)
         module.saves_bank = bank
         try:
             trainer.save_checkpoint(path)

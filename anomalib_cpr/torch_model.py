@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -29,7 +30,7 @@ class CprModel(nn.Module):
         layers (Sequence[str]): Its layers at strides 4 and 8.
         pre_trained (bool): Start from ImageNet weights; otherwise from random ones.
         backbone_weights (str | Path | None): File with the backbone's weights, for machines without internet.
-        descriptor_channels (int): Channels of the learned descriptors: 384 in the paper, 64 and 16 in its fast variants.
+        descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
         window_sizes (Sequence[int]): Side of the matching window per scale, in cells, odd.
         codebook_size (int): Number of visual words.
@@ -111,7 +112,7 @@ class CprModel(nn.Module):
         """
         features = self.feature_extractor(images)
         self.bank.check(features[0].shape[-2:])
-        queries = [head.describe(f) for head, f in zip(self.metric_heads, features, strict=True)]
+        queries = self.describe(features)
 
         with full_precision(images.device):
             histograms = self.global_retriever(features[0])
@@ -129,6 +130,22 @@ class CprModel(nn.Module):
             anomaly_map, score = self.scorer(distances, foreground, images.shape[-2:])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
+    @property
+    def heads(self) -> list[MetricHead]:
+        """The metric heads, finest scale first."""
+        return [cast("MetricHead", head) for head in self.metric_heads]
+
+    def describe(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Descriptors of both scales.
+
+        Args:
+            features (Sequence[Tensor]): F1 and F2, ``(batch, channels_i, height / stride_i, width / stride_i)``.
+
+        Returns:
+            list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32.
+        """
+        return [head.describe(scale) for head, scale in zip(self.heads, features, strict=True)]
+
     @torch.no_grad()
     def remember(self, batches: Sequence[Tensor] | Callable[[], Sequence[Tensor]]) -> None:
         """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
@@ -142,9 +159,9 @@ class CprModel(nn.Module):
             start, count = 0, self.bank.histograms.shape[0]
             for images in batches() if callable(batches) else batches:
                 features = self.feature_extractor(images)
-                descriptors = [head.describe(f) for head, f in zip(self.metric_heads, features, strict=True)]
+                descriptors = self.describe(features)
                 if start == 0:
-                    self.bank.allocate(count, [tuple(d.shape[-2:]) for d in descriptors])  # type: ignore[misc]
+                    self.bank.allocate(count, [(d.shape[-2], d.shape[-1]) for d in descriptors])
                 self.bank.write(start, descriptors)
                 start += len(images)
         except BaseException:

@@ -113,7 +113,7 @@ def training_loss(
     # Queries and references pass the heads as one batch: batch normalisation sees both.
     features = model.feature_extractor(data.images.normalize(torch.cat([images.queries, images.references])))
     positive = negative = torch.zeros((), device=positions.device)
-    for head, scale in zip(model.metric_heads, features, strict=True):
+    for head, scale in zip(model.heads, features, strict=True):
         query, reference = head.describe_at(scale, positions).split(batch)
         weights = remote_weights(scale[:batch], scale[batch:], pairs)
         scale_positive, scale_negative = metric_loss(query, reference, pairs, weights)

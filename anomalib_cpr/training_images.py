@@ -93,7 +93,8 @@ def load_training_images(
         if prepared.shape[1:] != images.shape[1:]:
             raise ValueError(
                 f"Training images differ in size after pre-processing: {tuple(prepared.shape[-2:])} and "
-                f"{tuple(images.shape[-2:])}. Let the pre-processor resize them, e.g. Cpr.configure_pre_processor((320, 320))."
+                f"{tuple(images.shape[-2:])}. Let the pre-processor resize them: "
+                "Cpr.configure_pre_processor((320, 320))."
             )
         images[count] = prepared[0]
         count += 1
@@ -120,7 +121,7 @@ def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Ten
         transform (nn.Module | None): The transform, usually a Compose.
 
     Returns:
-        tuple[Callable[[Tensor], Tensor], v2.Normalize | None]: Both parts; None if there is no normalisation at the end.
+        tuple[Callable[[Tensor], Tensor], v2.Normalize | None]: Both parts; None if it ends otherwise.
     """
     parts = list(transform.transforms) if isinstance(transform, v2.Compose) else [transform] if transform else []
     normalize = parts.pop() if parts and isinstance(parts[-1], v2.Normalize) else None
@@ -128,7 +129,7 @@ def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Ten
 
 
 class _RepeatableDataset(Dataset):
-    """Yields image and label, the same at every pass and for any number of workers; names a file that cannot be read."""
+    """Yields image and label, the same for any number of workers; names a file that cannot be read."""
 
     def __init__(self, dataset: Any, seed: int) -> None:  # noqa: ANN401 - any map-style data set of image items
         self.dataset = dataset

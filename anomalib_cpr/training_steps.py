@@ -79,7 +79,7 @@ def plan_steps(
     """
     if max_epochs not in {None, -1, LIGHTNING_DEFAULT_EPOCHS}:
         batches = -(-images // batch_size)
-        steps = max_epochs * -(-batches // accumulate)  # type: ignore[operator]
+        steps = max_epochs * -(-batches // accumulate)
         return StepPlan(batches, min(steps, max_steps) if max_steps >= 0 else steps, None, single_epoch=False)
     if max_steps >= 0:
         return StepPlan(max_steps * accumulate, max_steps, None, single_epoch=True)

@@ -1,0 +1,73 @@
+"""Tiny data and models, so that every test trains in seconds."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+TINY_BACKBONE = {"backbone": "test_resnet", "layers": ["layer1", "layer2"], "pre_trained": False}
+
+
+def draw(rng, size=64, *, defect=False):
+    """A bright disc on a dark, noisy background; a defect is a red stroke on the disc."""
+    image = rng.normal(60, 6, (size, size, 3)).clip(0, 255).astype(np.uint8)
+    mask = np.zeros((size, size), np.uint8)
+    centre = (size // 2 + int(rng.integers(-2, 3)), size // 2 + int(rng.integers(-2, 3)))
+    cv2.circle(image, centre, size // 3, (200, 190, 170), -1)
+    if defect:
+        start = (centre[0] - size // 8, centre[1] - size // 8 + int(rng.integers(0, size // 6)))
+        end = (start[0] + size // 5, start[1] + size // 12)
+        cv2.line(mask, start, end, 255, max(2, size // 20))
+        image[mask > 0] = (30, 30, 200)
+    return image, mask
+
+
+def write_mvtec(root: Path, category: str = "screw", train: int = 6, test: int = 3, size: int = 64) -> Path:
+    """Write a data set in MVTec AD's layout and return its root."""
+    rng = np.random.default_rng(0)
+    for folder in ("train/good", "test/good", "test/scratch", "ground_truth/scratch"):
+        (root / category / folder).mkdir(parents=True, exist_ok=True)
+    for index in range(train):
+        cv2.imwrite(str(root / category / "train" / "good" / f"{index:03}.png"), draw(rng, size)[0])
+    for index in range(test):
+        cv2.imwrite(str(root / category / "test" / "good" / f"{index:03}.png"), draw(rng, size)[0])
+        image, mask = draw(rng, size, defect=True)
+        cv2.imwrite(str(root / category / "test" / "scratch" / f"{index:03}.png"), image)
+        cv2.imwrite(str(root / category / "ground_truth" / "scratch" / f"{index:03}_mask.png"), mask)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mvtec_root(tmp_path_factory):
+    return write_mvtec(tmp_path_factory.mktemp("mvtec"))
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """Development data; tests that need them skip where they are absent."""
+    root = Path(os.environ.get("CPR_DATA_ROOT", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"development data are not at {root}; set CPR_DATA_ROOT")
+    return root
+
+
+@pytest.fixture
+def tiny_datamodule(mvtec_root):
+    from anomalib.data import MVTecAD
+
+    return MVTecAD(root=mvtec_root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
+
+
+@pytest.fixture
+def tiny_model():
+    """Makes a model that trains in seconds; keyword arguments override."""
+    from anomalib_cpr.lightning_model import Cpr
+
+    def make(image_size=(64, 64), **arguments):
+        arguments = {**TINY_BACKBONE, "descriptor_channels": 8, "k": 3, **arguments}
+        arguments.setdefault("pre_processor", Cpr.configure_pre_processor(image_size))
+        return Cpr(**arguments)
+
+    return make
