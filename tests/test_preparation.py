@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_BACKBONE
+from sklearn.metrics import adjusted_rand_score
+
+from anomalib_cpr.foreground import ring_and_centre
+from anomalib_cpr.preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
+from anomalib_cpr.torch_model import CprModel
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return CprModel(**TINY_BACKBONE, descriptor_channels=8).eval()
+
+
+def disc_images(count=6, size=64):
+    """A bright square on a dark ground, with noise."""
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 0.1 - 1
+    images[:, :, size // 4 : -size // 4, size // 4 : -size // 4] += 3
+    return images
+
+
+def test_samples_come_from_where_they_should(model):
+    images = disc_images()
+    samples = collect_samples(model, images.split(4), len(images), seed=0)
+    features = model.feature_extractor(images)[0]
+    ring, centre = ring_and_centre(*features.shape[-2:])
+    for name, mask in (("anywhere", torch.ones_like(ring)), ("ring", ring), ("centre", centre)):
+        everything = {tuple(row) for row in features.permute(0, 2, 3, 1)[:, mask].flatten(0, 1).tolist()}
+        own = {tuple(row) for row in samples[name].tolist()}
+        assert own == everything, "small data are taken whole"
+
+
+def test_samples_are_limited_and_repeat(model):
+    images = disc_images()
+    first, second = (collect_samples(model, images.split(size), 6, seed=3, samples=50) for size in (4, 4))
+    for name in first:
+        assert first[name].shape == (50, 32)
+        assert np.array_equal(first[name], second[name])
+    other = collect_samples(model, images.split(4), 6, seed=4, samples=50)
+    assert not np.array_equal(first["anywhere"], other["anywhere"])
+
+
+def test_cluster_centres_find_the_clusters():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=300)
+    features = (labels[:, None] * 10 + rng.normal(size=(300, 5))).astype(np.float32)
+    centres = cluster_centres(features, 3, seed=0)
+    found = np.linalg.norm(features[:, None] - centres, axis=2).argmin(1)
+    assert adjusted_rand_score(labels, found) == 1
+    assert np.array_equal(centres, cluster_centres(features, 3, seed=0))
+
+
+def test_foreground_finds_the_object(model):
+    images = disc_images()
+    samples = collect_samples(model, images.split(4), len(images), seed=0)
+    discriminant = estimate_foreground(samples, seed=0)
+    model.foreground_estimator.set_discriminant(discriminant)
+    foreground = model.foreground_estimator(model.feature_extractor(images)[0])
+    assert foreground[:, 0, 6:10, 6:10].mean() > 0.7
+    assert foreground[:, 0, :2].mean() < 0.3
+    model.foreground_estimator.disable()
+
+
+def test_constant_images_have_no_foreground(model):
+    samples = collect_samples(model, [torch.zeros(2, 3, 64, 64)], 2, seed=0)
+    samples = {name: np.zeros_like(values) for name, values in samples.items()}
+    assert estimate_foreground(samples, seed=0) is None
+
+
+def test_describe_globally_fills_the_bank_in_order(model):
+    images = disc_images(5)
+    with torch.no_grad():
+        model.global_retriever.codebook.copy_(torch.randn(12, 32))
+    describe_globally(model, images.split(2))
+    features = model.feature_extractor(images)[0]
+    assert torch.allclose(model.bank.histograms, model.global_retriever(features), atol=1e-6)
+    assert model.bank.foregrounds.shape == (5, 1, 16, 16)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from conftest import TINY_BACKBONE
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.preparation import describe_globally
+from anomalib_cpr.torch_model import CprModel
+
+
+def make_model(images, **arguments):
+    """A model with random weights that remembers the images."""
+    torch.manual_seed(0)
+    model = CprModel(**{**TINY_BACKBONE, "descriptor_channels": 8, "k": 3, **arguments}).eval()
+    with torch.no_grad():
+        model.global_retriever.codebook.copy_(torch.randn_like(model.global_retriever.codebook))
+        model.foreground_estimator.projection.weight.normal_(0, 0.2)
+        model.foreground_estimator.projection.bias.fill_(0.5)
+    describe_globally(model, images.split(2))
+    model.remember(images.split(2))
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(5, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def test_cascade_against_a_plain_one(images):
+    """The whole method once more, image by image, written down as the paper says it."""
+    model = make_model(images)
+    queries = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    result = model(queries)
+    references = [_describe(model, image[None]) for image in images]
+    for index, query in enumerate(queries):
+        histogram, foreground, descriptors = _describe(model, query[None])
+        order = sorted(range(5), key=lambda i: _block_distance(histogram, references[i][0]))[:3]
+        total = 0
+        for scale, window in ((0, 3), (1, 1)):
+            best = torch.full(descriptors[scale].shape[-2:], 9.0)
+            for reference in order:
+                padded = F.pad(references[reference][2][scale], [window // 2] * 4, value=float("nan"))
+                for down in range(window):
+                    for right in range(window):
+                        other = padded[:, :, down : down + best.shape[0], right : right + best.shape[1]]
+                        distance = 1 - (descriptors[scale] * other).sum(1)[0]
+                        best = torch.where(distance < best, distance, best)
+            total = total + F.interpolate(best[None, None], (16, 24), mode="bilinear") / 4
+        mask = torch.stack([foreground, *[references[i][1] for i in order]]).amax(0)
+        pixels = F.interpolate(total, (64, 96), mode="bilinear") * F.interpolate(mask, (64, 96), mode="bilinear")
+        expected = _blur(pixels)
+        assert torch.allclose(result.anomaly_map[index], expected[0], atol=1e-5)
+        assert result.pred_score[index].item() == pytest.approx(
+            expected.flatten().sort().values[-512:].mean().item(), abs=1e-5
+        )
+
+
+def _describe(model, image):
+    features = model.feature_extractor(image)
+    descriptors = [F.normalize(head(f), dim=1) for head, f in zip(model.metric_heads, features, strict=True)]
+    return (
+        model.global_retriever(features[0])[0],
+        model.foreground_estimator(features[0]),
+        [d.detach() for d in descriptors],
+    )
+
+
+def _block_distance(query, reference):
+    divergence = ((query + 1e-8) * ((query + 1e-8) / (reference + 1e-8)).log()).sum(1)
+    return divergence.sort().values[:20].sum().item()
+
+
+def _blur(image):
+    offsets = torch.arange(33) - 16.0
+    kernel = torch.exp(-(offsets**2) / 32)
+    kernel = kernel[:, None] * kernel
+    return F.conv2d(F.pad(image, [16] * 4, mode="reflect"), (kernel / kernel.sum())[None, None])
+
+
+def test_known_images_are_normal(images):
+    model = make_model(images)
+    with torch.no_grad():
+        model.foreground_estimator.disable()
+    assert model(images).anomaly_map.max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 72), (24, 160)])
+def test_any_size_that_fits_the_strides(size):
+    images = torch.randn(4, 3, *size)
+    result = make_model(images)(torch.randn(3, 3, *size))
+    assert result.anomaly_map.shape == (3, 1, *size)
+    assert result.pred_score.shape == (3,)
+    assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
+
+
+def test_batch_1_and_batch_8_give_the_same(images):
+    model = make_model(images)
+    queries = torch.randn(8, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+    whole = model(queries)
+    for index in range(8):
+        single = model(queries[index : index + 1])
+        assert torch.allclose(whole.anomaly_map[index], single.anomaly_map[0], atol=1e-6)
+        assert torch.allclose(whole.pred_score[index], single.pred_score[0], atol=1e-6)
+
+
+def test_k_beyond_the_gallery_means_all_of_it(images):
+    query = torch.randn(1, 3, 64, 96)
+    assert torch.equal(make_model(images, k=5)(query).anomaly_map, make_model(images, k=500)(query).anomaly_map)
+
+
+def test_survives_a_state_dict(images):
+    model = make_model(images)
+    other = CprModel(**TINY_BACKBONE, descriptor_channels=8, k=3).eval()
+    other.load_state_dict(model.state_dict())
+    query = torch.randn(2, 3, 64, 96)
+    assert torch.equal(model(query).anomaly_map, other(query).anomaly_map)
+
+
+def test_references_are_the_same_under_autocast(images):
+    model = make_model(images)
+    query = torch.randn(2, 3, 64, 96)
+    expected = model(query)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model(query)
+    assert result.anomaly_map.dtype == torch.float32
+    assert torch.allclose(result.anomaly_map, expected.anomaly_map, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k=0: must be at least 1"),
+        ({"k": -3}, "k=-3"),
+        ({"descriptor_channels": 0}, "descriptor_channels=0"),
+        ({"codebook_size": 1}, "codebook_size=1: must be at least 2"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"window_sizes": (3, 2)}, r"window_sizes=\[3, 2\]: expected two odd numbers"),
+        ({"window_sizes": (3,)}, r"window_sizes=\[3\]"),
+        ({"backbone_weights": "file.pth"}, "contradicts pre_trained=False"),
+    ],
+)
+def test_values_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CprModel(**{**TINY_BACKBONE, **arguments})
+
+
+def test_unfitted_model_says_so():
+    model = CprModel(**TINY_BACKBONE)
+    with pytest.raises(RuntimeError, match="has not been fitted"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
+def test_query_of_another_size_than_the_bank(images):
+    with pytest.raises(ValueError, match="32x32 pixels cannot be compared with the reference bank.*64x96"):
+        make_model(images)(torch.zeros(1, 3, 32, 32))
+
+
+def test_image_smaller_than_the_grid():
+    with pytest.raises(ValueError, match="2x2 cells is smaller than the retrieval grid of 5x5"):
+        make_model(torch.zeros(3, 3, 8, 8))
+
+
+def test_failure_while_remembering_leaves_no_half_bank(images):
+    model = make_model(images)
+
+    def broken():
+        yield images[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.remember(broken())
+    assert len(model.bank) == 0
