@@ -18,25 +18,28 @@ CENTRE_SHARE = 1 / 5
 DISCRIMINANT_SAMPLES = 15_000
 
 
-def ring_and_centre(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Masks of the border ring and of the central square of a feature map.
+def border_and_centre(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of the border ring, of the next ring inside it, and of the central square of a feature map.
 
     Args:
         height (int): Cells.
         width (int): Cells.
 
     Returns:
-        tuple[Tensor, Tensor]: Two boolean masks of shape ``(height, width)``. The ring is ``int(3/80 * side)`` cells
-            wide (at least one), the square reaches a fifth of the side to both sides of the centre.
+        tuple[Tensor, Tensor, Tensor]: Three boolean masks of shape ``(height, width)``. The rings are
+            ``int(3/80 * side)`` cells wide (at least one), the square reaches a fifth of the side to both sides of the
+            centre.
     """
     top, left = max(1, int(RING_SHARE * height)), max(1, int(RING_SHARE * width))
-    ring = torch.ones(height, width, dtype=torch.bool)
+    ring, inner_ring = torch.ones(2, height, width, dtype=torch.bool)
     ring[top : height - top, left : width - left] = False
+    inner_ring[ring] = False
+    inner_ring[2 * top : height - 2 * top, 2 * left : width - 2 * left] = False
     centre = torch.zeros(height, width, dtype=torch.bool)
     rows = slice(int(height * (0.5 - CENTRE_SHARE)), int(height * (0.5 + CENTRE_SHARE)))
     columns = slice(int(width * (0.5 - CENTRE_SHARE)), int(width * (0.5 + CENTRE_SHARE)))
     centre[rows, columns] = True
-    return ring, centre
+    return ring, inner_ring, centre
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Discriminant:
     Attributes:
         weight (Tensor): Of shape ``(channels,)``.
         bias (float): Offset.
-        ring_background (float): Share of ring cells in the background cluster.
+        ring_background (float): Share of cells near the border in the background cluster.
         centre_background (float): Share of centre cells in the background cluster.
     """
 
@@ -57,12 +60,14 @@ class Discriminant:
 
 
 def fit_discriminant(
-    ring: np.ndarray, centre: np.ndarray, sample: np.ndarray, centres: np.ndarray
+    ring: np.ndarray, inner_ring: np.ndarray, centre: np.ndarray, sample: np.ndarray, centres: np.ndarray
 ) -> Discriminant | None:
     """Learn the decision from features of the border and of the middle of the training images.
 
     Args:
         ring (np.ndarray): Features of border cells, ``(count, channels)``.
+        inner_ring (np.ndarray): Features of the next cells inside, ``(count, channels)``. They tell how far border and
+            middle differ: in the outermost cells, a network's zero padding alone makes a difference.
         centre (np.ndarray): Features of central cells, ``(count, channels)``.
         sample (np.ndarray): Features of cells anywhere, ``(count, channels)``; they fix the scale.
         centres (np.ndarray): The two cluster centres, ``(2, channels)``.
@@ -80,12 +85,13 @@ def fit_discriminant(
     analysis = LinearDiscriminantAnalysis().fit(
         np.concatenate([background[:count], foreground[:count]]).astype(np.float64), np.repeat([0, 1], count)
     )
+    border_cluster = _nearest_centre(inner_ring if len(inner_ring) else ring, centres)
     low, high = np.percentile(analysis.decision_function(sample.astype(np.float64)), [1, 99])
     scale = 1.0 / max(high - low, 1e-12)
     return Discriminant(
         weight=torch.from_numpy(analysis.coef_[0] * scale).float(),
         bias=float((analysis.intercept_[0] - low) * scale),
-        ring_background=float((ring_cluster == background_cluster).mean()),
+        ring_background=float((border_cluster == background_cluster).mean()),
         centre_background=float((centre_cluster == background_cluster).mean()),
     )
 

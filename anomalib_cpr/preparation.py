@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .foreground import Discriminant, fit_discriminant, ring_and_centre
+from .foreground import Discriminant, border_and_centre, fit_discriminant
 from .torch_model import CprModel
 
 SAMPLES = 50_000
@@ -28,15 +28,17 @@ def collect_samples(
         samples (int): At most so many features of each.
 
     Returns:
-        dict[str, np.ndarray]: Keys ``anywhere``, ``ring`` and ``centre``, each ``(count, channels)``, in random order.
+        dict[str, np.ndarray]: Keys ``anywhere``, ``ring``, ``inner_ring`` and ``centre``, each ``(count, channels)``,
+            in random order.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen: dict[str, list[Tensor]] = {"anywhere": [], "ring": [], "centre": []}
+    chosen: dict[str, list[Tensor]] = {"anywhere": [], "ring": [], "inner_ring": [], "centre": []}
     for images in batches:
         with torch.no_grad():
             features = model.feature_extractor(images)[0].float().permute(0, 2, 3, 1).cpu()
-        ring, centre = ring_and_centre(*features.shape[1:3])
-        for name, mask in (("anywhere", torch.ones_like(ring)), ("ring", ring), ("centre", centre)):
+        ring, inner_ring, centre = border_and_centre(*features.shape[1:3])
+        masks = {"anywhere": torch.ones_like(ring), "ring": ring, "inner_ring": inner_ring, "centre": centre}
+        for name, mask in masks.items():
             cells = mask.flatten().nonzero()[:, 0]
             per_image = min(len(cells), -(-samples // count))
             for image in features.flatten(1, 2):
@@ -80,7 +82,11 @@ def estimate_foreground(samples: dict[str, np.ndarray], seed: int) -> Discrimina
         return None
     with threadpool_limits(limits=1):
         return fit_discriminant(
-            samples["ring"], samples["centre"], samples["anywhere"], cluster_centres(samples["anywhere"], 2, seed)
+            samples["ring"],
+            samples["inner_ring"],
+            samples["centre"],
+            samples["anywhere"],
+            cluster_centres(samples["anywhere"], 2, seed),
         )
 
 

@@ -3,19 +3,23 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter1d
 
-from anomalib_cpr.foreground import ForegroundEstimator, fit_discriminant, ring_and_centre, sharpen
+from anomalib_cpr.foreground import ForegroundEstimator, border_and_centre, fit_discriminant, sharpen
 
 
 @pytest.mark.parametrize(
     ("height", "width", "ring_rows", "ring_columns"), [(80, 80, 3, 3), (16, 40, 1, 1), (5, 160, 1, 6)]
 )
-def test_ring_and_centre(height, width, ring_rows, ring_columns):
-    ring, centre = ring_and_centre(height, width)
+def test_border_and_centre(height, width, ring_rows, ring_columns):
+    ring, inner_ring, centre = border_and_centre(height, width)
     for row in range(height):
         for column in range(width):
-            near_border = min(row, height - 1 - row) < ring_rows or min(column, width - 1 - column) < ring_columns
+            near_border, nearly = (
+                min(row, height - 1 - row) < n * ring_rows or min(column, width - 1 - column) < n * ring_columns
+                for n in (1, 2)
+            )
             in_centre = int(0.3 * height) <= row < int(0.7 * height) and int(0.3 * width) <= column < int(0.7 * width)
             assert ring[row, column] == near_border
+            assert inner_ring[row, column] == (nearly and not near_border)
             assert centre[row, column] == in_centre
 
 
@@ -26,6 +30,7 @@ def features():
     background, thing = (rng.normal(mean, 1, (600, 4)).astype(np.float32) for mean in (0, 3))
     return {
         "ring": np.concatenate([background[:400], thing[:100]]),
+        "inner_ring": np.concatenate([background[:300], thing[:100]]),
         "centre": np.concatenate([thing[:400], background[:200]]),
         "sample": np.concatenate([background, thing]),
         "centres": np.array([[3.0] * 4, [0.0] * 4], np.float32),
@@ -39,7 +44,7 @@ def test_discriminant_separates_and_fills_0_to_1(features):
     assert np.percentile(value, 99) == pytest.approx(1, abs=1e-4)
     assert (value[:600] < 0.5).mean() > 0.97
     assert (value[600:] > 0.5).mean() > 0.97
-    assert discriminant.ring_background == pytest.approx(0.8, abs=0.02)
+    assert discriminant.ring_background == pytest.approx(0.75, abs=0.02)
     assert discriminant.centre_background == pytest.approx(1 / 3, abs=0.02)
 
 

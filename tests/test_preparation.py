@@ -4,7 +4,7 @@ import torch
 from conftest import TINY_BACKBONE
 from sklearn.metrics import adjusted_rand_score
 
-from anomalib_cpr.foreground import ring_and_centre
+from anomalib_cpr.foreground import border_and_centre
 from anomalib_cpr.preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
 from anomalib_cpr.torch_model import CprModel
 
@@ -26,8 +26,9 @@ def test_samples_come_from_where_they_should(model):
     images = disc_images()
     samples = collect_samples(model, images.split(4), len(images), seed=0)
     features = model.feature_extractor(images)[0]
-    ring, centre = ring_and_centre(*features.shape[-2:])
-    for name, mask in (("anywhere", torch.ones_like(ring)), ("ring", ring), ("centre", centre)):
+    ring, inner_ring, centre = border_and_centre(*features.shape[-2:])
+    masks = {"anywhere": torch.ones_like(ring), "ring": ring, "inner_ring": inner_ring, "centre": centre}
+    for name, mask in masks.items():
         everything = {tuple(row) for row in features.permute(0, 2, 3, 1)[:, mask].flatten(0, 1).tolist()}
         own = {tuple(row) for row in samples[name].tolist()}
         assert own == everything, "small data are taken whole"
