@@ -132,6 +132,11 @@ class _RepeatableDataset(Dataset):
     """Yields image and label, the same for any number of workers; names a file that cannot be read."""
 
     def __init__(self, dataset: Any, seed: int) -> None:  # noqa: ANN401 - any map-style data set of image items
+        samples = getattr(dataset, "samples", None)
+        if samples is not None and "mask_path" in samples and samples["mask_path"].isna().any():
+            # With pandas 3, anomalib 2.7's MVTec3D leaves the mask of a training image NaN, which its own validation
+            # then refuses. Good images have no mask.
+            dataset.samples = samples.fillna({"mask_path": ""})
         self.dataset = dataset
         self.seed = seed
 
