@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the package known to anomalib without an import by the user.
 
-anomalib has no entry points for plugins, but torch has: at the end of ``import torch`` it calls every entry point of the
-group ``torch.backends``, here :func:`autoload`. An exception at that moment would make torch unimportable, and a slow
-import would slow torch down, so this module needs nothing but the standard library and does nothing but wait: the real
-work, :func:`anomalib_cpr.registration.register`, runs when ``anomalib.models`` or ``anomalib.data`` has been imported.
+anomalib has no entry points for plugins, but torch has: at the end of ``import torch`` it calls every entry point of
+the group ``torch.backends``, here :func:`autoload`. An exception at that moment would make torch unimportable, and a
+slow import would slow torch down, so this module needs nothing but the standard library and does nothing but wait:
+the real work, :func:`anomalib_cpr.registration.register`, runs when ``anomalib.models`` or ``anomalib.data`` has been
+imported.
 
 A module can be in three states when the hook arrives::
 

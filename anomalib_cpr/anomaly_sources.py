@@ -56,8 +56,8 @@ class TextureFolder:
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
             raise FileNotFoundError(
-                f"Texture folder {self.path} does not exist or is not a folder. Give a folder of texture images such as "
-                f"DTD, or None for the built-in textures."
+                f"Texture folder {self.path} does not exist or is not a folder. Give a folder of texture images such "
+                f"as DTD, or None for the built-in textures."
             )
         # Sorted, because the order in which a file system lists files differs between machines.
         self.files = sorted(
@@ -127,7 +127,10 @@ def read_texture(file: Path, size: tuple[int, int]) -> Tensor:
     """
     # Read by NumPy, because cv2.imread knows no paths beyond ASCII on Windows.
     content = np.fromfile(file, dtype=np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    try:
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    except cv2.error:
+        image = None
     if image is None:
         raise OSError(f"Texture image {file} cannot be read as an image. Remove or replace the file.")
     image = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
@@ -157,7 +160,9 @@ class ProceduralTextures:
             return torch.empty((0, 3, *size), device=device)
         kinds = torch.randint(len(PATTERNS), (count,), generator=generator)
         generator = device_generator(generator, device)
-        slope, coarseness, turn, stretch, warp, hardness, strength, _ = _uniform((8, count, 1, 1), generator, device)
+        slope, coarseness, turn, stretch, warp, hardness, strength, hue_share = _uniform(
+            (8, count, 1, 1), generator, device
+        )
         noise = fractal_noise(size, 0.2 + slope[..., None], generator, device)
 
         # From 3 to 40 periods over the shorter side, in a random direction, bent by smooth noise.
@@ -176,8 +181,10 @@ class ProceduralTextures:
         hardness = 8**hardness
         pattern = (hardness * pattern).tanh_().div_(hardness.tanh())[:, None]
 
-        first, second = _colours(count, generator, device), _colours(count, generator, device)
+        first, second = _colour_pairs(count, generator, device)
         textures = torch.addcmul((first + second) / 2, pattern, (second - first) / 2)
+        # Most things vary more in brightness than in colour.
+        noise = torch.lerp(noise[:, :1], noise, hue_share[..., None] ** 2)
         return textures.addcmul_(noise, 0.02 + 0.15 * strength[..., None] ** 2).clamp_(0, 1)
 
 
@@ -186,8 +193,8 @@ def fractal_noise(size: tuple[int, int], slope: Tensor, generator: torch.Generat
 
     Args:
         size (tuple[int, int]): Height and width in pixels.
-        slope (Tensor): How much stronger each scale is than the next finer one, as a power of two, ``(count, 1, 1, 1)``.
-            0 is grain, 1 is clouds.
+        slope (Tensor): How much stronger each scale is than the next finer one, as a power of two,
+            ``(count, 1, 1, 1)``. 0 is grain, 1 is clouds.
         generator (torch.Generator): On the device.
         device (torch.device): Where the noise is wanted.
 
@@ -298,10 +305,12 @@ def _plane(
     return columns * (cosine * x + sine * y), rows * (cosine * y - sine * x)
 
 
-def _colours(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random colours ``(count, 3, 1, 1)``, of which pale ones are as frequent as in things."""
-    grey, chroma = _uniform((2, count, 1, 1, 1), generator, device)
-    return (grey + 0.8 * chroma**2 * (_uniform((count, 3, 1, 1), generator, device) - 0.5)).clamp_(0, 1)
+def _colour_pairs(count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two random colours, ``(count, 3, 1, 1)`` each, that differ in brightness; pale ones are frequent."""
+    grey, distance, first, second = _uniform((4, count, 1, 1, 1), generator, device)
+    tints = 0.8 * (_uniform((2, count, 3, 1, 1), generator, device) - 0.5)
+    other = (grey + 0.2 + 0.6 * distance).remainder(1)
+    return (grey + first**2 * tints[0]).clamp_(0, 1), (other + second**2 * tints[1]).clamp_(0, 1)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -130,7 +130,7 @@ def check_registration() -> list[Finding]:
     Returns:
         list[Finding]: The hook and each form.
     """
-    entry_points = [point.value for point in metadata.entry_points(group="torch.backends") if point.name == PACKAGE]
+    entry_points = _hook_entry_points()
     switched_off = [] if is_enabled() else [f"{SWITCH}={os.environ[SWITCH]}"]
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
         switched_off.append(f"TORCH_DEVICE_BACKEND_AUTOLOAD={os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD']}")
@@ -158,6 +158,11 @@ def check_registration() -> list[Finding]:
     return findings
 
 
+def _hook_entry_points() -> list[str]:
+    """What torch is told to call for this package."""
+    return [point.value for point in metadata.entry_points(group="torch.backends") if point.name == PACKAGE]
+
+
 def _probe(mark: str) -> None:
     """Ask anomalib for the model in every way, and print the reasons of those that fail; runs in a fresh process.
 
@@ -166,13 +171,10 @@ def _probe(mark: str) -> None:
     """
     import json
     import logging
-    import sys
     import tempfile
+    from collections.abc import Callable
     from pathlib import Path
 
-    sys.path[:] = [
-        entry for entry in sys.path if entry
-    ]  # `python -c` looks into the current folder, `anomalib` does not
     logging.disable()
     from anomalib.cli import AnomalibCLI
     from anomalib.data import get_datamodule
@@ -220,7 +222,6 @@ def _probe(mark: str) -> None:
         ),
         "anomalib benchmark (Cpr, MVTec in its YAML)": benchmark,
     }
-
     print("\n" + mark + json.dumps({form: reason_of_failure(ask) for form, ask in forms.items()}))
 
 

@@ -72,7 +72,6 @@ class Cpr(AnomalibModule):
 
     Raises:
         ValueError: If a value is out of range.
-        FileNotFoundError: If ``anomaly_source_path`` does not exist.
 
     Example:
         >>> from anomalib.data import MVTecAD
@@ -213,6 +212,8 @@ class Cpr(AnomalibModule):
             self.seed = torch.initial_seed() % 2**63
         if not resumed:
             self.resolved_kind = None if self.kind == "auto" else self.kind
+        # What may be missing comes first, so that nobody waits for an error.
+        synthesise = self._synthesise = SyntheticAnomalyGenerator(self.anomaly_source_path)
         rank_zero_info(f"Backbone: {self.model.load_backbone_weights()}")
         loader = self._take_over_loader()
         self._batch_size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32)
@@ -231,9 +232,8 @@ class Cpr(AnomalibModule):
         )
         assert self.resolved_kind is not None  # noqa: S101 - narrows the type: decided above or in the checkpoint
         self._training_data = TrainingData(images, neighbours.cpu(), self.resolved_kind)
-        self._synthesise = SyntheticAnomalyGenerator(
-            self.anomaly_source_path, structure_probability=0.5 if self.resolved_kind == "object" else 0.0
-        )
+        if self.resolved_kind == "texture":
+            synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
         cells = [(images.size[0] // stride, images.size[1] // stride) for stride in (4, 8)]
         rank_zero_info(

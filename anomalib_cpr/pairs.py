@@ -103,6 +103,6 @@ def sample_patch_pairs(
 
 
 def _to_positions(indices: Tensor, height: int, width: int) -> Tensor:
-    """Pixel indices to x and y in -1..1; the centres of the first and last pixel are -1 and 1, as the authors have it."""
+    """Pixel indices to x and y in -1..1; as in the authors' code, -1 and 1 are the centres of the outermost pixels."""
     x, y = indices % width, indices // width
     return torch.stack([2 * x / max(1, width - 1) - 1, 2 * y / max(1, height - 1) - 1], dim=-1)

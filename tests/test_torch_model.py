@@ -150,7 +150,7 @@ def test_unfitted_model_says_so():
 
 
 def test_query_of_another_size_than_the_bank(images):
-    with pytest.raises(ValueError, match="32x32 pixels cannot be compared with the reference bank.*64x96"):
+    with pytest.raises(ValueError, match=r"32x32 pixels cannot be compared with the reference bank.*64x96"):
         make_model(images)(torch.zeros(1, 3, 32, 32))
 
 

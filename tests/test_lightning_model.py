@@ -1,0 +1,408 @@
+"""Training, resuming and evaluating through anomalib's real Engine."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.data import BTech, Folder, MVTec3D, MVTecAD, Visa
+from anomalib.engine import Engine
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator
+from conftest import draw, write_mvtec
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torchvision.transforms import v2
+
+from anomalib_cpr import drawing, lightning_model
+from anomalib_cpr.lightning_model import Cpr
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "num_batches" not in name}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture
+def engine(tmp_path):
+    def make(**arguments):
+        return Engine(default_root_dir=tmp_path, logger=False, enable_progress_bar=False, **arguments)
+
+    return make
+
+
+class Spy(Callback):
+    """Counts steps and keeps what was logged."""
+
+    def __init__(self, stop_at=None, error=KeyboardInterrupt):
+        self.steps, self.logged, self.stop_at, self.error = 0, {}, stop_at, error
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps += 1
+        self.logged.update(trainer.logged_metrics)
+        if trainer.global_step == self.stop_at:
+            raise self.error
+
+
+def test_whole_round(engine, tiny_model, tiny_datamodule, tmp_path):
+    """Fit, validate, test, predict; the checkpoint gives the same predictions in a fresh model."""
+    spy = Spy()
+    model, own = tiny_model(), engine(max_epochs=1, callbacks=[spy])
+    own.fit(model, datamodule=tiny_datamodule)
+    assert spy.steps == 3, "6 images in batches of 2"
+    assert {"train_loss", "train_loss_positive", "train_loss_negative"} <= set(spy.logged)
+    own.validate(model, datamodule=tiny_datamodule)
+    (metrics,) = own.test(model, datamodule=tiny_datamodule)
+    assert metrics["image_AUROC"] >= 0.5
+    predictions = own.predict(model, datamodule=tiny_datamodule)
+    assert sum(len(batch.image) for batch in predictions) == 6
+    assert all(batch.anomaly_map.shape[-2:] == (64, 64) for batch in predictions)
+    assert list(tmp_path.rglob("images/**/*.png")), "the visualizer drew"
+
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    assert_same(weights(model.model), weights(loaded.model))
+    assert loaded.resolved_kind == "object"
+    images = torch.rand(2, 3, 50, 70)
+    model.eval(), loaded.eval()
+    assert torch.equal(model(images).pred_score, loaded(images).pred_score)
+    fresh = engine().predict(tiny_model(), datamodule=tiny_datamodule, ckpt_path=checkpoint)
+    for first, second in zip(predictions, fresh, strict=True):
+        assert torch.equal(first.pred_score, second.pred_score)
+        assert torch.equal(first.anomaly_map, second.anomaly_map)
+
+
+def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):
+    model = tiny_model()
+    engine(max_steps=2).fit(model, datamodule=tiny_datamodule)
+    tiny_datamodule.setup()
+    model.eval()
+    images = torch.stack([model.pre_processor(item.image[None])[0] for item in tiny_datamodule.test_data])
+    scores = model.model(images).pred_score
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert len(scores.unique()) == len(scores)
+
+
+def test_one_seed_gives_one_result(engine, tiny_model, mvtec_root):
+    results = []
+    for workers in (0, 1):
+        seed_everything(3, verbose=False)
+        data = MVTecAD(root=mvtec_root, category="screw", train_batch_size=2, num_workers=workers)
+        model = tiny_model()
+        engine(max_steps=3, limit_val_batches=0).fit(model, datamodule=data)
+        results.append(weights(model.model))
+    assert_same(*results)
+    seed_everything(4, verbose=False)
+    other = tiny_model()
+    engine(max_steps=3, limit_val_batches=0).fit(other, datamodule=data)
+    assert not torch.equal(results[0]["metric_heads.0.0.weight"], other.model.metric_heads[0][0].weight)
+
+
+def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **limits):
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        engine(callbacks=[Spy(stop_at, error)], limit_val_batches=0, **limits).fit(model, datamodule=datamodule)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_steps": 6}, {"max_epochs": 2}, {"max_steps": 6, "accumulate_grad_batches": 2}]
+)
+def test_interrupted_training_resumes_bit_identically(
+    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, limits
+):
+    seed_everything(5, verbose=False)
+    whole = tiny_model()
+    engine(limit_val_batches=0, **limits).fit(whole, datamodule=tiny_datamodule)
+
+    seed_everything(5, verbose=False)
+    interrupt(engine, tiny_model(), tiny_datamodule, 4, **limits)
+    (usable,) = tmp_path.rglob("interrupted.ckpt")
+
+    seed_everything(99, verbose=False)  # the checkpoint's seed counts
+    monkeypatch.setattr(lightning_model, "collect_samples", None)  # nothing is learned twice
+    monkeypatch.setattr(lightning_model, "cluster_centres", None)
+    resumed, spy = tiny_model(), Spy()
+    engine(limit_val_batches=0, callbacks=[spy], **limits).fit(resumed, datamodule=tiny_datamodule, ckpt_path=usable)
+    assert spy.steps == 2 * limits.get("accumulate_grad_batches", 1), "six steps in all, four were done"
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
+def test_ctrl_c_keeps_a_usable_checkpoint(engine, tiny_model, tiny_datamodule, tmp_path):
+    interrupt(engine, tiny_model(), tiny_datamodule, 2, max_steps=50)
+    (usable,) = tmp_path.rglob("interrupted.ckpt")
+    (metrics,) = engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=usable)
+    assert "image_AUROC" in metrics
+
+
+def test_an_error_keeps_a_resume_point_without_bank(engine, tiny_model, tiny_datamodule, tmp_path):
+    interrupt(engine, tiny_model(), tiny_datamodule, 2, ZeroDivisionError, max_steps=50)
+    (point,) = tmp_path.rglob("resume.ckpt")
+    state = torch.load(point, weights_only=True)["state_dict"]
+    assert state["model.bank.descriptors_1"].numel() == 0
+    assert len(state["model.bank.histograms"]) == 6
+    with pytest.raises(RuntimeError, match=r"resume\.ckpt, holds no bank"):
+        engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=point)
+
+
+def test_resume_points_come_by_the_clock_and_go_when_training_ends(engine, tiny_model, tiny_datamodule, tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_):
+            seen.append(len(list(tmp_path.rglob("resume.ckpt"))))
+
+    engine(max_steps=3, callbacks=[Look()]).fit(tiny_model(resume_point_minutes=0), datamodule=tiny_datamodule)
+    assert seen == [0, 1, 1]
+    assert not list(tmp_path.rglob("resume.ckpt"))
+
+
+def test_checkpoints_of_any_moment_can_be_tested(engine, tiny_model, tiny_datamodule, tmp_path):
+    keeper = ModelCheckpoint(dirpath=tmp_path / "own", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    model = tiny_model()
+    engine(max_steps=5, limit_val_batches=0, callbacks=[keeper]).fit(model, datamodule=tiny_datamodule)
+    paths = sorted((tmp_path / "own").glob("*.ckpt"))
+    assert len(paths) == 2
+    for path in paths:
+        assert "image_AUROC" in engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=path)[0]
+
+
+def test_bank_is_never_stale(engine, tiny_model, tiny_datamodule):
+    """What the bank holds after fit is what the heads say now."""
+    model = tiny_model()
+    engine(max_epochs=2).fit(model, datamodule=tiny_datamodule)
+    tiny_datamodule.setup()
+    model.eval()
+    items = tiny_datamodule.train_data
+    images = torch.stack([model.pre_processor(item.image[None])[0] for item in items])
+    descriptors = model.model.describe(model.model.feature_extractor(images))
+    for held, own in zip(model.model.bank.descriptors, descriptors, strict=True):
+        assert torch.allclose(held, own, atol=1e-5)
+
+
+def test_training_on_other_data_starts_anew(engine, tiny_model, tiny_datamodule, tmp_path):
+    model = tiny_model()
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    codebook = model.model.global_retriever.codebook.clone()
+    other = MVTecAD(root=write_mvtec(tmp_path / "data", train=4), category="screw", train_batch_size=2, num_workers=0)
+    engine(max_steps=1).fit(model, datamodule=other)
+    assert len(model.model.bank) == 4
+    assert not torch.equal(codebook, model.model.global_retriever.codebook)
+
+
+def test_one_engine_fits_twice(engine, tiny_model, tiny_datamodule):
+    own = engine()
+    for _ in range(2):
+        own.fit(tiny_model(training_steps=2), datamodule=tiny_datamodule)
+        assert own.trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "arguments", "steps"),
+    [
+        ({}, {"training_steps": 2}, 2),
+        ({"max_steps": 4}, {"training_steps": 2}, 4),
+        ({"max_epochs": 2}, {"training_steps": 2}, 6),
+        ({"max_time": {"seconds": 0.001}}, {}, 1),
+        ({"limit_train_batches": 1}, {}, 1),
+        ({"fast_dev_run": True}, {}, 1),
+    ],
+)
+def test_limits(engine, tiny_model, tiny_datamodule, limits, arguments, steps):
+    own = engine(**limits)
+    own.fit(tiny_model(**arguments), datamodule=tiny_datamodule)
+    assert own.trainer.global_step == steps
+
+
+@pytest.mark.parametrize("kind", ["object", "texture", "auto"])
+def test_kind_is_said_and_followed(engine, tiny_model, tiny_datamodule, kind, caplog):
+    caplog.set_level("INFO")
+    model = tiny_model(kind=kind)
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    resolved = "texture" if kind == "texture" else "object"
+    assert model.resolved_kind == resolved
+    assert f"Kind: {resolved}" in caplog.text
+    assert ("category 'screw' of MVTecAD" in caplog.text) == (kind == "auto")
+    assert bool(model.model.bank.foregrounds.eq(1).all()) == (resolved == "texture")
+
+
+@pytest.mark.parametrize(("category", "kind"), [("bracket", "object"), ("gear", "object"), ("fabric", "texture")])
+def test_auto_decides_for_unknown_data(engine, tiny_model, tmp_path, category, kind):
+    (tmp_path / "good").mkdir()
+    for index in range(6):
+        image = drawing.draw(category, index=index, size=128).image
+        cv2.imwrite(str(tmp_path / "good" / f"{index}.png"), image[..., ::-1])
+    data = Folder(
+        name="screw", root=tmp_path, normal_dir="good", normal_split_ratio=0.34, num_workers=0, train_batch_size=2
+    )
+    model = tiny_model(image_size=(128, 128))
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    assert model.resolved_kind == kind
+
+
+def test_evaluators(engine, tiny_model, tiny_datamodule):
+    metrics = [
+        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        AUPR(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+        AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+    ]
+    (result,) = engine(max_steps=2).train(
+        tiny_model(evaluator=Evaluator(test_metrics=metrics)), datamodule=tiny_datamodule
+    )
+    assert {"image_AUROC", "pixel_AUPR", "pixel_AUPRO"} <= set(result)
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}]
+)
+def test_trainer_options(engine, tiny_model, tiny_datamodule, trainer):
+    model = tiny_model()
+    engine(max_steps=2, **trainer).train(model, datamodule=tiny_datamodule)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_augmentations_of_the_data_module_are_respected(engine, tiny_model, mvtec_root):
+    data = MVTecAD(
+        root=mvtec_root, category="screw", train_batch_size=2, num_workers=0, train_augmentations=v2.RandomInvert(1.0)
+    )
+    model = tiny_model()
+    seen = []
+    original = model._learn_retrieval
+    model._learn_retrieval = lambda images: (seen.append(images.images.mean().item()), original(images))
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    plain = torch.stack([1 - item.image for item in _plain(mvtec_root)]).mean().item()
+    assert seen[0] == pytest.approx(plain, abs=1e-3)
+
+
+def _plain(root):
+    data = MVTecAD(root=root, category="screw", num_workers=0)
+    data.setup()
+    return data.train_data
+
+
+class TestBadInput:
+    def test_no_texture_folder(self, engine, tiny_model, tiny_datamodule, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            engine(max_steps=1).fit(tiny_model(anomaly_source_path=tmp_path / "nowhere"), datamodule=tiny_datamodule)
+
+    def test_empty_texture_folder(self, engine, tiny_model, tiny_datamodule, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="empty"):
+            engine(max_steps=1).fit(tiny_model(anomaly_source_path=tmp_path / "empty"), datamodule=tiny_datamodule)
+
+    def test_one_training_image(self, engine, tiny_model, tmp_path):
+        data = MVTecAD(root=write_mvtec(tmp_path / "data", train=1), category="screw", num_workers=0)
+        with pytest.raises(ValueError, match="only 1 training image"):
+            engine(max_steps=1).fit(tiny_model(), datamodule=data)
+
+    def test_image_smaller_than_the_grid(self, engine, tiny_model, tiny_datamodule):
+        with pytest.raises(ValueError, match="4x4 cells is smaller than the retrieval grid of 5x5"):
+            engine(max_steps=1).fit(tiny_model(image_size=(16, 16)), datamodule=tiny_datamodule)
+
+    def test_size_that_does_not_fit_the_strides(self, engine, tiny_model, tiny_datamodule):
+        with pytest.raises(ValueError, match="60x60 does not fit the strides"):
+            engine(max_steps=1).fit(tiny_model(image_size=(60, 60)), datamodule=tiny_datamodule)
+
+    def test_checkpoint_of_another_configuration(self, engine, tiny_model, tiny_datamodule, tmp_path):
+        engine(max_steps=1).fit(tiny_model(), datamodule=tiny_datamodule)
+        (checkpoint,) = tmp_path.rglob("model.ckpt")
+        with pytest.raises(RuntimeError, match="8 channels, the model descriptor_channels=16"):
+            Cpr.load_from_checkpoint(checkpoint, descriptor_channels=16)
+
+    def test_checkpoint_of_a_later_format(self, engine, tiny_model, tiny_datamodule, tmp_path):
+        engine(max_steps=1).fit(tiny_model(), datamodule=tiny_datamodule)
+        (path,) = tmp_path.rglob("model.ckpt")
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["cpr"]["format"] = 99
+        torch.save(checkpoint, path)
+        with pytest.raises(ValueError, match=r"format 99.*Upgrade anomalib_cpr"):
+            Cpr.load_from_checkpoint(path)
+
+    def test_resuming_with_other_data(self, engine, tiny_model, tiny_datamodule, tmp_path):
+        engine(max_steps=1).fit(tiny_model(), datamodule=tiny_datamodule)
+        (checkpoint,) = tmp_path.rglob("model.ckpt")
+        data = MVTecAD(root=write_mvtec(tmp_path / "data", train=4), category="screw", num_workers=0)
+        with pytest.raises(ValueError, match="trained on 6 images of 64x64 pixels, the data module gives 4"):
+            engine(max_steps=2).fit(tiny_model(), datamodule=data, ckpt_path=checkpoint)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"kind": "thing"}, "kind='thing': must be 'object', 'texture' or 'auto'"),
+            ({"k": 0}, "k=0"),
+            ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
+            ({"training_steps": 0}, "training_steps=0"),
+        ],
+    )
+    def test_arguments(self, tiny_model, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_model(**arguments)
+
+
+def _image(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
+
+
+def _btech(root):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        _image(root / "01" / "train" / "ok" / f"{index}.png", draw(rng)[0])
+        _image(root / "01" / "test" / "ok" / f"{index}.png", draw(rng)[0])
+        image, mask = draw(rng, defect=True)
+        _image(root / "01" / "test" / "ko" / f"{index}.png", image)
+        _image(root / "01" / "ground_truth" / "ko" / f"{index}.png", mask)
+    return BTech(root=root, category="01", train_batch_size=2, eval_batch_size=2, num_workers=0)
+
+
+def _mvtec_3d(root):
+    rng = np.random.default_rng(0)
+    for split, label in (("train", "good"), ("validation", "good"), ("test", "good"), ("test", "hole")):
+        for index in range(4):
+            image, mask = draw(rng, defect=label == "hole")
+            folder = root / "bagel" / split / label
+            _image(folder / "rgb" / f"{index:03}.png", image)
+            _image(folder / "gt" / f"{index:03}.png", mask)
+            _image(folder / "xyz" / f"{index:03}.tiff", np.ones((64, 64, 3), np.float32))
+    return MVTec3D(root=root, category="bagel", train_batch_size=2, eval_batch_size=2, num_workers=0)
+
+
+def _visa(root):
+    rng = np.random.default_rng(0)
+    split = root / "visa_pytorch" / "candle"
+    for index in range(4):
+        _image(split / "train" / "good" / f"{index}.JPG", draw(rng)[0])
+        _image(split / "test" / "good" / f"{index}.JPG", draw(rng)[0])
+        image, mask = draw(rng, defect=True)
+        _image(split / "test" / "bad" / f"{index}.JPG", image)
+        _image(split / "ground_truth" / "bad" / f"{index}.png", mask)
+    return Visa(root=root, category="candle", train_batch_size=2, eval_batch_size=2, num_workers=0)
+
+
+def _grey_folder(root):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        _image(root / "good" / f"{index}.png", draw(rng)[0][..., 0])
+        _image(root / "good_test" / f"{index}.png", draw(rng)[0][..., 0])
+        image, mask = draw(rng, defect=True)
+        _image(root / "bad" / f"{index}.png", image[..., 0])
+        _image(root / "mask" / f"{index}.png", mask)
+    return Folder(
+        name="parts",
+        root=root,
+        normal_dir="good",
+        normal_test_dir="good_test",
+        abnormal_dir="bad",
+        mask_dir="mask",
+        train_batch_size=2,
+        eval_batch_size=2,
+        num_workers=0,
+    )
+
+
+@pytest.mark.parametrize("make", [_btech, _mvtec_3d, _visa, _grey_folder])
+def test_data_modules(engine, tiny_model, tmp_path, make):
+    (metrics,) = engine(max_epochs=1).train(tiny_model(), datamodule=make(tmp_path / "data"))
+    assert "image_AUROC" in metrics
+    assert "pixel_AUROC" in metrics
