@@ -2,6 +2,7 @@
 """CPR as an anomalib model: what `anomalib train --model Cpr` and `Engine().fit(Cpr())` run."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
-from .progress import progress_bar, stage
+from .progress import StepLog, progress_bar, stage
 from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
@@ -146,6 +147,7 @@ class Cpr(AnomalibModule):
         self._plan: StepPlan | None = None
         self._batch_size = 0
         self._given_by_user: tuple[Any, int | None] | None = None
+        self._step_log: StepLog | None = None
 
     # --- what anomalib asks of every model
 
@@ -317,6 +319,10 @@ class Cpr(AnomalibModule):
 
     # --- steps
 
+    def on_train_start(self) -> None:
+        """Start the clock of the steps."""
+        self._step_log = StepLog(self._plan.steps if self._plan else None, self.trainer.global_step)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Free descriptors that the step is going to outdate."""
         del batch, batch_idx
@@ -343,6 +349,14 @@ class Cpr(AnomalibModule):
         self.log("train_loss_positive", positive, batch_size=self._batch_size)
         self.log("train_loss_negative", negative, batch_size=self._batch_size)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Tell a log file how far training is."""
+        del batch, batch_idx
+        if self._step_log is not None and not sys.stdout.isatty():
+            line = self._step_log.update(self.trainer.global_step, outputs["loss"])
+            if line is not None:
+                rank_zero_info(line)
 
     # --- the reference bank
 
@@ -393,7 +407,7 @@ class Cpr(AnomalibModule):
         if self._given_by_user is not None:
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
-        self._given_by_user = self._training_data = self._synthesise = None
+        self._given_by_user = self._training_data = self._synthesise = self._step_log = None
 
     # --- evaluation
 
