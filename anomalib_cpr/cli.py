@@ -15,6 +15,7 @@ from . import __version__
 # name -> (module of this package, what `anomalib-cpr --help` says about it)
 COMMANDS = {
     "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
+    "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),
 }
 
 

@@ -27,7 +27,7 @@ from .progress import StepLog, progress_bar, stage
 from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
-from .training import TrainingData, draw_image_pairs, training_loss
+from .training import TrainingData, draw_image_pairs, step_precision, training_autocast, training_loss
 from .training_images import TrainingImages, load_training_images
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
 
@@ -65,6 +65,8 @@ class Cpr(AnomalibModule):
         weight_decay (float): Of AdamW.
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
+        training_precision (Literal["auto", "float32", "bfloat16"]): Of backbone and heads in training steps; codebook,
+            bank and inference stay in float32. ``auto`` takes bfloat16 where the device computes with it.
         resume_point_minutes (float): Time between the points from which an interrupted training can be resumed.
         pre_processor (nn.Module | bool): Pre-processor, or whether to use the default one.
         post_processor (nn.Module | bool): Post-processor, or whether to use the default one.
@@ -104,6 +106,7 @@ class Cpr(AnomalibModule):
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
+        training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
         resume_point_minutes: float = 10.0,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -117,6 +120,8 @@ class Cpr(AnomalibModule):
             raise ValueError(f"kind={kind!r}: must be 'object', 'texture' or 'auto'.")
         if learning_rate_schedule not in {"cosine", "constant"}:
             raise ValueError(f"learning_rate_schedule={learning_rate_schedule!r}: must be 'cosine' or 'constant'.")
+        if training_precision not in {"auto", "float32", "bfloat16"}:
+            raise ValueError(f"training_precision={training_precision!r}: must be 'auto', 'float32' or 'bfloat16'.")
         if training_steps is not None and training_steps < 1:
             raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
         self.model: CprModel = CprModel(
@@ -137,6 +142,7 @@ class Cpr(AnomalibModule):
         self.weight_decay = weight_decay
         self.learning_rate_schedule = learning_rate_schedule
         self.warm_up_steps = warm_up_steps
+        self.training_precision = training_precision
         self.resume_point_minutes = resume_point_minutes
 
         self.resolved_kind: Kind | None = None if kind == "auto" else kind
@@ -242,7 +248,8 @@ class Cpr(AnomalibModule):
             f"{len(images)} training images of {images.size[0]}x{images.size[1]} in memory "
             f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will take "
             f"{self.model.bank.size_for(len(images), cells):.0f} MB on {self.device}. "
-            f"A step compares {self._batch_size} pairs of images (train_batch_size)."
+            f"A step compares {self._batch_size} pairs of images (train_batch_size), in "
+            f"{step_precision(self.training_precision, self.device)}."
         )
 
     def _take_over_loader(self) -> torch.utils.data.DataLoader:
@@ -339,16 +346,29 @@ class Cpr(AnomalibModule):
             Tensor: The loss.
         """
         del batch
-        data, synthesise = self._training_data, self._synthesise
-        assert data is not None and synthesise is not None and self.seed is not None  # noqa: S101, PT018
-        generator = step_generator(self.seed, self.global_rank, self.trainer.global_step, batch_idx)
-        images = draw_image_pairs(data, self.model.bank.foregrounds, synthesise, self._batch_size, generator)
-        positive, negative = training_loss(self.model, data, images, generator)
+        positive, negative = self.compare_pairs(self.trainer.global_step, batch_idx)
         loss = positive + negative
         self.log("train_loss", loss, prog_bar=True, batch_size=self._batch_size)
         self.log("train_loss_positive", positive, batch_size=self._batch_size)
         self.log("train_loss_negative", negative, batch_size=self._batch_size)
         return loss
+
+    def compare_pairs(self, step: int, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """What a step learns from, without Lightning: draw pairs of images and compare their patches.
+
+        Args:
+            step (int): Optimiser steps done.
+            batch_idx (int): Batch within the epoch.
+
+        Returns:
+            tuple[Tensor, Tensor]: Loss of the positives and of the negatives.
+        """
+        data, synthesise = self._training_data, self._synthesise
+        assert data is not None and synthesise is not None and self.seed is not None  # noqa: S101, PT018
+        generator = step_generator(self.seed, self.global_rank, step, batch_idx)
+        images = draw_image_pairs(data, self.model.bank.foregrounds, synthesise, self._batch_size, generator)
+        with training_autocast(self.training_precision, self.device):
+            return training_loss(self.model, data, images, generator)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Tell a log file how far training is."""

@@ -40,7 +40,10 @@ class InceptionBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Concatenate the branches: ``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        return torch.cat([branch(features) for branch in (self.branch0, self.branch1, self.branch2, self.branch3)], 1)
+        # The average and the 1x1 convolution without bias commute; behind it there are a third of the channels.
+        average, projection = cast("nn.AvgPool2d", self.branch3[0]), cast("BasicConv2d", self.branch3[1])
+        averaged = F.relu(projection.bn(average(projection.conv(features))), inplace=True)
+        return torch.cat([self.branch0(features), self.branch1(features), self.branch2(features), averaged], 1)
 
 
 class MetricHead(nn.Sequential):
@@ -88,9 +91,31 @@ class MetricHead(nn.Sequential):
         hidden = features
         for layer in first:
             hidden = layer(hidden)
-        inside = read_at(torch.ones_like(hidden[:, :1]), positions)
-        weight = last.weight.flatten(1)
-        return torch.matmul(weight, read_at(hidden, positions)) + cast("Tensor", last.bias)[:, None] * inside
+        cells, weights = bilinear_cells(positions, hidden.shape[-2], hidden.shape[-1])
+        weight, bias = last.weight.flatten(1), cast("Tensor", last.bias)[:, None]
+        return torch.matmul(weight, _weighted_sum(hidden, cells, weights)) + bias * weights.sum(-1)[:, None]
+
+
+def bilinear_cells(positions: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four cells around each position, and how much each counts.
+
+    Args:
+        positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1, where -1 and 1 are the outer edges.
+        height (int): Of the feature map, in cells.
+        width (int): Of the feature map, in cells.
+
+    Returns:
+        tuple[Tensor, Tensor]: Indices ``row * width + column`` and weights, ``(batch, count, 4)`` each. Cells outside
+            the map weigh 0.
+    """
+    # Always float32: in half precision a position is only known to a twentieth of a cell.
+    positions = positions.float()
+    x, y = (positions[..., 0] + 1) * width / 2 - 0.5, (positions[..., 1] + 1) * height / 2 - 0.5
+    left, top = x.floor(), y.floor()
+    columns, rows = torch.stack([left, left + 1, left, left + 1], -1), torch.stack([top, top, top + 1, top + 1], -1)
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    weights = (1 - (x[..., None] - columns).abs()) * (1 - (y[..., None] - rows).abs()) * inside
+    return rows.long().clamp(0, height - 1) * width + columns.long().clamp(0, width - 1), weights
 
 
 def read_at(features: Tensor, positions: Tensor) -> Tensor:
@@ -103,7 +128,15 @@ def read_at(features: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Tensor: Of shape ``(batch, channels, count)``.
     """
-    # Always float32: in half precision a position is only known to a twentieth of a cell.
-    return F.grid_sample(
-        features.float(), positions[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=False
-    )[..., 0]
+    return _weighted_sum(features, *bilinear_cells(positions, features.shape[-2], features.shape[-1]))
+
+
+def _weighted_sum(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+    """Sum over weighted cells: ``(batch, channels, height, width)`` to ``(batch, channels, count)``, float32."""
+    batch, channels, height, width = features.shape
+    # A weighted sum of rows of a table gives what F.grid_sample gives with zero padding, but its gradient takes a third
+    # of the time and keeps the memory layout of the features.
+    table = features.float().permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+    cells = cells + height * width * torch.arange(batch, device=cells.device)[:, None, None]
+    read = F.embedding_bag(cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
+    return read.view(batch, -1, channels).transpose(1, 2)

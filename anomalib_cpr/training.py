@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of metric learning: pairs of images, pairs of patches, loss. Knows nothing of Lightning."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.profiler import record_function
 
 from .augmentation import augment, device_generator
 from .foreground import sharpen
@@ -15,6 +17,11 @@ from .pairs import sample_patch_pairs
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training_images import TrainingImages
+
+# What a step spends its time on, as profilers show it; they cost nothing where nobody profiles.
+SYNTHESIS, AUGMENTATION, BACKBONE, HEADS, PAIRS = (
+    f"cpr: {part}" for part in ("synthesis", "augmentation", "backbone", "heads", "pairs and loss")
+)
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,16 @@ def draw_image_pairs(
     matched = data.neighbours[chosen, rank]
 
     own = foregrounds[chosen.to(device)] if data.kind == "object" else None
-    queries, anomalies = synthesise(data.images.take(chosen, device), own, generator)
+    with record_function(SYNTHESIS):
+        queries, anomalies = synthesise(data.images.take(chosen, device), own, generator)
     weights = None
     if own is not None:
         both = torch.maximum(sharpen(own), sharpen(foregrounds[matched.to(device)]))
         weights = F.interpolate(both, data.images.size, mode="bilinear")
-    return ImagePairs(
-        queries=augment(queries, generator),
-        references=augment(data.images.take(matched, device), generator),
-        anomalies=anomalies,
-        weights=weights,
-    )
+    with record_function(AUGMENTATION):
+        queries = augment(queries, generator)
+        references = augment(data.images.take(matched, device), generator)
+    return ImagePairs(queries, references, anomalies, weights)
 
 
 def training_loss(
@@ -103,19 +109,75 @@ def training_loss(
         tuple[Tensor, Tensor]: Loss of the positives and of the negatives, each summed over the scales.
     """
     batch = len(images.queries)
-    pairs = sample_patch_pairs(
-        images.anomalies,
-        images.weights,
-        device_generator(generator, images.queries.device),
-        remote=data.kind == "object",
-    )
+    with record_function(PAIRS):
+        pairs = sample_patch_pairs(
+            images.anomalies,
+            images.weights,
+            device_generator(generator, images.queries.device),
+            remote=data.kind == "object",
+        )
     positions = torch.cat([pairs.query, pairs.reference])
     # Queries and references pass the heads as one batch: batch normalisation sees both.
-    features = model.feature_extractor(data.images.normalize(torch.cat([images.queries, images.references])))
+    with record_function(BACKBONE):
+        features = frozen_features(model, data.images.normalize(torch.cat([images.queries, images.references])))
     positive = negative = torch.zeros((), device=positions.device)
     for head, scale in zip(model.heads, features, strict=True):
-        query, reference = head.describe_at(scale, positions).split(batch)
-        weights = remote_weights(scale[:batch], scale[batch:], pairs)
-        scale_positive, scale_negative = metric_loss(query, reference, pairs, weights)
+        with record_function(HEADS):
+            query, reference = head.describe_at(scale, positions).split(batch)
+        with record_function(PAIRS):
+            weights = remote_weights(scale[:batch], scale[batch:], pairs)
+            scale_positive, scale_negative = metric_loss(query, reference, pairs, weights)
         positive, negative = positive + scale_positive, negative + scale_negative
     return positive, negative
+
+
+def frozen_features(model: CprModel, images: Tensor) -> list[Tensor]:
+    """F1 and F2 in the memory layout in which a step is fastest.
+
+    Args:
+        model (CprModel): Its backbone.
+        images (Tensor): Normalised images of shape ``(batch, 3, height, width)``.
+
+    Returns:
+        list[Tensor]: ``(batch, channels_i, height / stride_i, width / stride_i)``, channels last in memory.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    if images.device.type != "cpu":
+        return model.feature_extractor(images)
+    # One image at a time stays in the processor's cache.
+    parts = [model.feature_extractor(image) for image in images.split(1)]
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+def step_precision(precision: str, device: torch.device) -> str:
+    """Precision in which backbone and heads compute in a training step.
+
+    Args:
+        precision (str): "float32", "bfloat16", or "auto": bfloat16 where the device has instructions for it. (Elsewhere
+            it is emulated, and slower than float32.)
+        device (torch.device): Where the step runs.
+
+    Returns:
+        str: "float32" or "bfloat16".
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        # Versions of torch that cannot tell compute in float32.
+        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    else:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
+
+
+def training_autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Precision of a training step; float32 leaves what the trainer has set.
+
+    Args:
+        precision (str): As in :func:`step_precision`.
+        device (torch.device): Where the step runs.
+    """
+    if step_precision(precision, device) == "float32" or torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -101,6 +101,21 @@ def test_one_seed_gives_one_result(engine, tiny_model, mvtec_root):
     assert not torch.equal(results[0]["metric_heads.0.0.weight"], other.model.metric_heads[0][0].weight)
 
 
+def test_training_in_bfloat16_repeats_and_leaves_the_rest_in_float32(engine, tiny_model, tiny_datamodule):
+    results = []
+    for precision in ("bfloat16", "bfloat16", "float32"):
+        seed_everything(3, verbose=False)
+        model = tiny_model(training_precision=precision)
+        engine(max_steps=3, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+        results.append(weights(model.model))
+    first, again, exact = results
+    assert_same(first, again)
+    assert all(value.dtype != torch.bfloat16 for value in first.values())
+    for name in ("global_retriever.codebook", "bank.histograms", "bank.foregrounds"):
+        assert torch.equal(first[name], exact[name]), name
+    assert not torch.equal(first["metric_heads.0.0.weight"], exact["metric_heads.0.0.weight"])
+
+
 def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **limits):
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
         engine(callbacks=[Spy(stop_at, error)], limit_val_batches=0, **limits).fit(model, datamodule=datamodule)
@@ -333,6 +348,7 @@ class TestBadInput:
             ({"k": 0}, "k=0"),
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
+            ({"training_precision": "float64"}, "training_precision='float64'"),
         ],
     )
     def test_arguments(self, tiny_model, arguments, message):

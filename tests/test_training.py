@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from anomalib_cpr.feature_extractor import FeatureExtractor
+from anomalib_cpr.training import frozen_features, step_precision, training_autocast
+
+CPU = torch.device("cpu")
+
+
+def test_features_of_a_step_are_those_of_inference():
+    """Only memory layout and batching differ."""
+    torch.manual_seed(0)
+
+    class Model:
+        feature_extractor = FeatureExtractor("test_resnet", ["layer1", "layer2"])
+
+    images = torch.randn(3, 3, 48, 64)
+    fast, plain = frozen_features(Model, images), Model.feature_extractor(images)
+    for first, second in zip(fast, plain, strict=True):
+        assert first.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(first, second, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "expected"),
+    [
+        ("float32", {"avx512_bf16": True}, "float32"),
+        ("bfloat16", {}, "bfloat16"),
+        ("auto", {"avx512_bf16": True}, "bfloat16"),
+        ("auto", {"amx_bf16": True}, "bfloat16"),
+        ("auto", {"avx512_f": True, "avx512_bf16": False}, "float32"),  # bfloat16 would be emulated
+        ("auto", {}, "float32"),
+    ],
+)
+def test_precision_is_what_the_processor_computes_with(monkeypatch, precision, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert step_precision(precision, CPU) == expected
+    with training_autocast(precision, CPU):
+        assert torch.is_autocast_enabled("cpu") == (expected == "bfloat16")
+
+
+def test_precision_of_the_trainer_stays():
+    with torch.autocast("cpu", torch.float16), training_autocast("bfloat16", CPU):
+        assert torch.get_autocast_dtype("cpu") == torch.float16
