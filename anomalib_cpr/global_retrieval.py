@@ -80,6 +80,30 @@ def histogram_distance(query: Tensor, gallery: Tensor, keep: float = 0.8) -> Ten
     return divergence.topk(max(1, int(blocks * keep)), dim=-1, largest=False).values.sum(-1)
 
 
+def representatives(gallery: Tensor, count: int) -> Tensor:
+    """Choose images so that every image has a similar one among the chosen (greedy k-center).
+
+    Begins with the image nearest to the mean histogram, and adds the image that the chosen serve worst as references,
+    again and again.
+
+    Args:
+        gallery (Tensor): Histograms of shape ``(gallery, blocks, words)``.
+        count (int): Number of images to choose, at least 1; the whole gallery if it is smaller.
+
+    Returns:
+        Tensor: Indices in ascending order, of shape ``(min(count, gallery),)``. Of equals the first is chosen.
+    """
+    if count >= len(gallery):
+        return torch.arange(len(gallery), device=gallery.device)
+    chosen = [int(histogram_distance(gallery, gallery.mean(0, keepdim=True))[:, 0].argmin())]
+    worst = torch.full((len(gallery),), float("inf"), device=gallery.device)
+    while len(chosen) < count:
+        worst = torch.minimum(worst, histogram_distance(gallery, gallery[chosen[-1:]])[:, 0])
+        worst[chosen[-1]] = -float("inf")  # rounding must not choose an image twice
+        chosen.append(int(worst.argmax()))
+    return torch.tensor(sorted(chosen), device=gallery.device)
+
+
 class GlobalRetriever(nn.Module):
     """Finds the training images that look most like a query.
 

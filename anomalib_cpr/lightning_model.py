@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
+from .reference_bank import BankDtype
 from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
@@ -33,7 +34,7 @@ from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_ste
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1: no int8 banks, no max_references
 IMAGE_SIZE = (320, 320)
 
 
@@ -56,6 +57,12 @@ class Cpr(AnomalibModule):
         window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
+        bank_dtype (Literal["float32", "float16", "int8"]): How the reference bank stores descriptors: 4, 2 or 1 bytes
+            per value. A checkpoint with a finer bank is converted when it is loaded.
+        max_references (int | None): Keep at most so many training images in the reference bank, chosen so that they
+            represent all; None keeps all. All images are trained on. A checkpoint with more is reduced when loaded.
+        bank_on_host (bool): Leave the bank's descriptors in main memory and move only those of the K references to
+            the device; for banks that outgrow a GPU.
         kind (Literal["object", "texture", "auto"]): Objects get a foreground estimate, textures do not. ``auto`` knows
             the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
         anomaly_source_path (str | Path | None): Folder of texture images (e.g. DTD) for synthetic anomalies. None
@@ -99,6 +106,9 @@ class Cpr(AnomalibModule):
         window_sizes: Sequence[int] = (3, 1),
         codebook_size: int = 12,
         blocks: int = 5,
+        bank_dtype: BankDtype = "float32",
+        max_references: int | None = None,
+        bank_on_host: bool = False,
         kind: Literal["object", "texture", "auto"] = "auto",
         anomaly_source_path: str | Path | None = None,
         training_steps: int | None = None,
@@ -134,6 +144,9 @@ class Cpr(AnomalibModule):
             window_sizes=window_sizes,
             codebook_size=codebook_size,
             blocks=blocks,
+            bank_dtype=bank_dtype,
+            max_references=max_references,
+            bank_on_host=bank_on_host,
         )
         self.kind = kind
         self.anomaly_source_path = anomaly_source_path
@@ -149,6 +162,8 @@ class Cpr(AnomalibModule):
         self.seed: int | None = None
         self.saves_bank = True
         self._training_data: TrainingData | None = None
+        self._described: tuple[Tensor, Tensor] | None = None  # histograms and foregrounds of all training images
+        self._trained_on: int | None = None
         self._synthesise: SyntheticAnomalyGenerator | None = None
         self._plan: StepPlan | None = None
         self._batch_size = 0
@@ -235,6 +250,8 @@ class Cpr(AnomalibModule):
             self._check_resumed(images)
         else:
             self._learn_retrieval(images)
+        self._described = (self.model.bank.histograms, self.model.bank.foregrounds)
+        self._trained_on = len(images)
         neighbours = self.model.global_retriever.nearest(
             self.model.bank.histograms, self.model.bank.histograms, self.model.k, exclude_self=True
         )
@@ -246,8 +263,11 @@ class Cpr(AnomalibModule):
         cells = [(images.size[0] // stride, images.size[1] // stride) for stride in (4, 8)]
         rank_zero_info(
             f"{len(images)} training images of {images.size[0]}x{images.size[1]} in memory "
-            f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will take "
-            f"{self.model.bank.size_for(len(images), cells):.0f} MB on {self.device}. "
+            f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will hold "
+            f"{self.model.bank.count_for(len(images))} of them and take "
+            f"{self.model.bank.size_for(len(images), cells):.0f} MB "
+            f"({str(self.model.bank.dtype).removeprefix('torch.')}) on "
+            f"{self.model.bank.descriptors_1.device}. "
             f"A step compares {self._batch_size} pairs of images (train_batch_size), in "
             f"{step_precision(self.training_precision, self.device)}."
         )
@@ -273,8 +293,12 @@ class Cpr(AnomalibModule):
             model.global_retriever.codebook.copy_(torch.from_numpy(words))
         with stage("Foreground"):
             self._learn_foreground(samples, seed)
+        self._describe_globally(images)
+
+    def _describe_globally(self, images: TrainingImages) -> None:
+        batches = -(-len(images) // self._preparation_batch)
         with stage("Histograms"):
-            describe_globally(model, self._batches(images), self._track("Histograms", batches))
+            describe_globally(self.model, self._batches(images), self._track("Histograms", batches))
 
     def _learn_foreground(self, samples: dict[str, Any], seed: int) -> None:
         kind, reason = self.resolved_kind, f"kind={self.kind!r} was given"
@@ -295,13 +319,17 @@ class Cpr(AnomalibModule):
         rank_zero_info(f"Kind: {kind} ({reason}).")
 
     def _check_resumed(self, images: TrainingImages) -> None:
-        count, size = self.model.bank.histograms.shape[0], self.model.bank.foregrounds.shape[-2:]
+        bank = self.model.bank
+        count, size = self._trained_on or len(bank.histograms), bank.foregrounds.shape[-2:]
         if count != len(images) or tuple(side // 4 for side in images.size) != tuple(size):
             raise ValueError(
                 f"ckpt_path={self.trainer.ckpt_path} was trained on {count} images of {4 * size[0]}x{4 * size[1]} "
                 f"pixels, the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with "
                 "the same data, or train anew without ckpt_path."
             )
+        if len(bank.histograms) < count:  # a bank with max_references has forgotten the others
+            bank.clear()
+            self._describe_globally(images)
         rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")
 
     def _plan_training(self) -> None:
@@ -334,6 +362,8 @@ class Cpr(AnomalibModule):
         """Free descriptors that the step is going to outdate."""
         del batch, batch_idx
         self.model.bank.clear()
+        if self._described is not None:  # with max_references, the bank has forgotten some
+            self.model.bank.histograms, self.model.bank.foregrounds = self._described
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
         """One step of metric learning.
@@ -405,6 +435,7 @@ class Cpr(AnomalibModule):
             for name, buffer in self.model.bank.named_buffers():
                 checkpoint["state_dict"][f"model.bank.{name}"] = buffer
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
+        checkpoint["cpr"]["training_images"] = self._trained_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was decided in training."""
@@ -416,6 +447,7 @@ class Cpr(AnomalibModule):
                 "Upgrade anomalib_cpr."
             )
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
+        self._trained_on = own.get("training_images")
 
     def teardown(self, stage: str) -> None:
         """Free the training images and leave the trainer as it was."""
@@ -427,7 +459,7 @@ class Cpr(AnomalibModule):
         if self._given_by_user is not None:
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
-        self._given_by_user = self._training_data = self._synthesise = self._step_log = None
+        self._given_by_user = self._training_data = self._synthesise = self._described = self._step_log = None
 
     # --- evaluation
 

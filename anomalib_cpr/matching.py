@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 
-def match(query: Tensor, gallery: Tensor, references: Tensor, window: int) -> Tensor:
+def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None) -> Tensor:
     """Smallest cosine distance over references and window.
 
     A running maximum over references and shifts: at no time is there a temporary larger than one reference per query.
@@ -14,9 +14,11 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int) -> Te
 
     Args:
         query (Tensor): Unit descriptors of shape ``(batch, channels, height, width)``.
-        gallery (Tensor): Unit descriptors of shape ``(gallery, channels, height, width)``.
+        gallery (Tensor): Unit descriptors of shape ``(gallery, channels, height, width)``, in any type, on any device:
+            only those of the references are moved and converted.
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
+        scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
 
     Returns:
         Tensor: Distances in 0..2, of shape ``(batch, 1, height, width)``.
@@ -27,8 +29,12 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int) -> Te
     height, width = query.shape[-2:]
     shifts = [(down, right) for down in _shifts(window, height) for right in _shifts(window, width)]
     best: Tensor | None = None
+    references = references.to(gallery.device)
     for k in range(references.shape[1]):
-        reference = gallery[references[:, k]].float()
+        # In this order: gathered first, then moved and converted, so that a large bank is never touched as a whole.
+        reference = gallery[references[:, k]].to(query.device).float()
+        if scales is not None:
+            reference = reference * scales[references[:, k]].to(query.device)
         for down, right in shifts:
             similarity = _shifted_similarity(query, reference, down, right, height, width)
             best = similarity if best is None else torch.maximum(best, similarity)

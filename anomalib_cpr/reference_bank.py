@@ -1,35 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model remembers of the training images, as buffers that a checkpoint carries."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .global_retrieval import representatives
+
+BankDtype = Literal["float32", "float16", "int8"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_BLOCK = 16  # images that are converted at a time, so that a conversion needs no second bank
+
+
+def quantise(descriptors: Tensor) -> tuple[Tensor, Tensor]:
+    """Store unit vectors in 8 bits per component.
+
+    One scale per descriptor, which makes its length exactly 1 again: the length is known, so a rounded direction is all
+    that is lost. With random directions the cosine errs by 2e-4 (root mean square, 384 channels); a scale per channel,
+    which the largest value of all images sets, errs by 6e-4.
+
+    Args:
+        descriptors (Tensor): Unit vectors of shape ``(batch, channels, height, width)``.
+
+    Returns:
+        tuple[Tensor, Tensor]: Integers -127..127 as int8, of the same shape, and scales of
+            ``(batch, 1, height, width)``, float32; their product is the descriptor.
+    """
+    descriptors = descriptors.float()
+    largest = descriptors.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    integers = (descriptors * (127 / largest)).round()
+    return integers.to(torch.int8), integers.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 class ReferenceBank(nn.Module):
     """Histograms, foreground maps and descriptors of the training images.
 
-    The buffers are empty until :meth:`allocate` and :meth:`write` fill them, or a checkpoint is loaded.
+    The buffers are empty until :meth:`allocate` and :meth:`write` fill them, or a checkpoint is loaded. A checkpoint
+    with a larger or finer bank than the configuration asks for is reduced while it is loaded.
+
+    Descriptors have the shape ``(gallery, channels, height, width)`` and lie in memory channels last, so that the
+    matching reads each of them in one piece.
 
     Args:
         descriptor_channels (int): Channels of the descriptors.
         codebook_size (int): Number of visual words in a histogram.
         blocks (int): Blocks per side of the retrieval grid.
+        dtype (Literal["float32", "float16", "int8"]): How descriptors are stored; int8 has a scale per descriptor.
+        max_references (int | None): Keep at most so many images; None keeps all.
+        on_host (bool): Leave the descriptors in main memory when the model moves to a device.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     histograms: Tensor
     foregrounds: Tensor
     descriptors_1: Tensor
     descriptors_2: Tensor
+    scales_1: Tensor
+    scales_2: Tensor
 
-    def __init__(self, descriptor_channels: int, codebook_size: int, blocks: int) -> None:
+    def __init__(
+        self,
+        descriptor_channels: int,
+        codebook_size: int,
+        blocks: int,
+        dtype: BankDtype = "float32",
+        max_references: int | None = None,
+        on_host: bool = False,
+    ) -> None:
         super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"bank_dtype={dtype!r}: must be one of {', '.join(map(repr, DTYPES))}.")
+        if max_references is not None and max_references < 1:
+            raise ValueError(f"max_references={max_references}: must be at least 1, or None for all.")
+        self.dtype = DTYPES[dtype]
+        self.max_references = max_references
+        self.on_host = on_host
         self.register_buffer("histograms", torch.zeros(0, blocks * blocks, codebook_size))
         self.register_buffer("foregrounds", torch.zeros(0, 1, 0, 0))
-        self.register_buffer("descriptors_1", torch.zeros(0, descriptor_channels, 0, 0))
-        self.register_buffer("descriptors_2", torch.zeros(0, descriptor_channels, 0, 0))
+        for scale in (1, 2):
+            self.register_buffer(f"descriptors_{scale}", torch.zeros(0, descriptor_channels, 0, 0, dtype=self.dtype))
+        if self.dtype == torch.int8:
+            for scale in (1, 2):
+                self.register_buffer(f"scales_{scale}", torch.zeros(0, 1, 0, 0))
 
     def __len__(self) -> int:
         """Number of training images whose descriptors are held."""
@@ -37,22 +94,32 @@ class ReferenceBank(nn.Module):
 
     @property
     def descriptors(self) -> list[Tensor]:
-        """Descriptors per scale, finest first, each ``(gallery, channels, height_i, width_i)``."""
+        """Descriptors per scale as they are stored, finest first, each ``(gallery, channels, height_i, width_i)``."""
         return [self.descriptors_1, self.descriptors_2]
+
+    @property
+    def scales(self) -> list[Tensor | None]:
+        """Factors of int8 descriptors per scale, ``(gallery, 1, height_i, width_i)``; None in other banks."""
+        return [self.scales_1, self.scales_2] if self.dtype == torch.int8 else [None, None]
 
     @property
     def megabytes(self) -> float:
         """Memory of all buffers in MB (10^6 bytes)."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers()) / 1e6
 
+    def count_for(self, count: int) -> int:
+        """Number of images that are kept of ``count``."""
+        return count if self.max_references is None else min(count, self.max_references)
+
     def size_for(self, count: int, cells: Sequence[tuple[int, int]]) -> float:
-        """Memory that the descriptors of ``count`` images will take, in MB (10^6 bytes).
+        """Memory that the descriptors of a training set will take, in MB (10^6 bytes).
 
         Args:
-            count (int): Number of images.
+            count (int): Number of training images, of which at most ``max_references`` are kept.
             cells (Sequence[tuple[int, int]]): Height and width of the feature maps, per scale.
         """
-        return 4e-6 * count * self.descriptors_1.shape[1] * sum(height * width for height, width in cells)
+        per_cell = self.descriptors_1.shape[1] * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
+        return 1e-6 * self.count_for(count) * per_cell * sum(height * width for height, width in cells)
 
     def allocate(self, count: int, cells: Sequence[tuple[int, int]]) -> None:
         """Make room for descriptors; what was held before is freed first, so that there are never two copies.
@@ -62,25 +129,64 @@ class ReferenceBank(nn.Module):
             cells (Sequence[tuple[int, int]]): Height and width of the feature maps, per scale.
         """
         self.clear()
-        for name, (height, width) in zip(("descriptors_1", "descriptors_2"), cells, strict=True):
-            empty = getattr(self, name)
-            setattr(self, name, empty.new_empty(count, empty.shape[1], height, width))
+        for scale, (height, width) in zip((1, 2), cells, strict=True):
+            self._make_room(f"descriptors_{scale}", (count, self.descriptors_1.shape[1], height, width))
+            if self.dtype == torch.int8:
+                self._make_room(f"scales_{scale}", (count, 1, height, width))
+
+    def _make_room(self, name: str, shape: Sequence[int]) -> None:
+        held = getattr(self, name)
+        channels_last = torch.channels_last if name.startswith("descriptors") else torch.contiguous_format
+        setattr(self, name, torch.empty(shape, dtype=held.dtype, device=held.device, memory_format=channels_last))
 
     def write(self, start: int, descriptors: Sequence[Tensor]) -> None:
         """Store descriptors of consecutive images.
 
         Args:
             start (int): Index of the first image.
-            descriptors (Sequence[Tensor]): Per scale, ``(batch, channels, height_i, width_i)``.
+            descriptors (Sequence[Tensor]): Unit vectors per scale, ``(batch, channels, height_i, width_i)``.
         """
-        for held, new in zip(self.descriptors, descriptors, strict=True):
-            held[start : start + len(new)] = new
+        for held, factors, new in zip(self.descriptors, self.scales, descriptors, strict=True):
+            if factors is None:
+                held[start : start + len(new)] = new
+            else:
+                held[start : start + len(new)], factors[start : start + len(new)] = quantise(new)
+
+    def representatives(self) -> Tensor:
+        """Which of the images with a histogram are to be kept: ``max_references`` that represent all.
+
+        Returns:
+            Tensor: Indices in ascending order, ``(count,)``, on the CPU.
+        """
+        return representatives(self.histograms.cpu(), self.count_for(len(self.histograms)))
+
+    def keep(self, chosen: Tensor) -> None:
+        """Forget histograms and foregrounds of all images but the chosen.
+
+        Args:
+            chosen (Tensor): Indices of shape ``(count,)``.
+        """
+        if len(chosen) < len(self.histograms):
+            chosen = chosen.to(self.histograms.device)
+            self.histograms, self.foregrounds = self.histograms[chosen], self.foregrounds[chosen]
 
     def clear(self) -> None:
         """Free the descriptors. Histograms and foregrounds do not depend on the heads and stay."""
-        for name in ("descriptors_1", "descriptors_2"):
+        for name in self._per_descriptor:
             held = getattr(self, name)
             setattr(self, name, held.new_zeros(0, held.shape[1], 0, 0))
+
+    @property
+    def _per_descriptor(self) -> list[str]:
+        return [name for name in self._buffers if name.startswith(("descriptors", "scales"))]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReferenceBank":
+        """Move with the model, except what was asked to stay in main memory."""
+        staying = {name: self._buffers.pop(name) for name in self._per_descriptor} if self.on_host else {}
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(staying)
 
     def check(self, cells: tuple[int, int]) -> None:
         """Refuse to compare with nothing, or with references of another size.
@@ -106,22 +212,63 @@ class ReferenceBank(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        """Take over the sizes of a checkpoint, after checking that they fit each other and the configuration."""
-        incoming = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        """Take over a checkpoint, after checking that its parts fit each other and the configuration."""
+        incoming = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state_dict.items()
+            if name.removeprefix(prefix) in {*self._buffers, "scales_1", "scales_2"}
+        }
         problem = self._misfit(incoming)
         if problem:
             errors: list[str] = args[-1]
             errors.append(f"The checkpoint's reference bank does not fit the configuration: {problem}")
             return
-        for name, tensor in incoming.items():
-            held = getattr(self, name)
-            if held.shape != tensor.shape:
-                setattr(self, name, held.new_empty(tensor.shape))
+        if "descriptors_1" in incoming:
+            state_dict = {**state_dict, **self._reduced(incoming, prefix)}
+            for name in ("scales_1", "scales_2"):
+                if name not in self._buffers:
+                    state_dict.pop(prefix + name, None)
+        for name in self._buffers:
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and getattr(self, name).shape != tensor.shape:
+                self._make_room(name, tensor.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _reduced(self, incoming: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Entries of a checkpoint's bank that take another form here: other storage, fewer images."""
+        count = len(incoming["descriptors_1"])
+        histograms = incoming.get("histograms", self.histograms)
+        chosen = torch.arange(count)
+        if count > self.count_for(count):
+            chosen = representatives(histograms.cpu(), self.count_for(count))
+        if len(chosen) == count and incoming["descriptors_1"].dtype == self.dtype:
+            return {}
+        # Written block by block into this bank's own buffers; loading then copies them onto themselves.
+        self.allocate(len(chosen), [(d.shape[-2], d.shape[-1]) for d in _both(incoming, "descriptors")])
+        for start in range(0, len(chosen), _BLOCK):
+            block = chosen[start : start + _BLOCK]
+            self._copy(start, block, incoming)
+        names = ("histograms", "foregrounds")
+        entries: dict[str, Tensor] = {name: incoming[name][chosen] for name in names if name in incoming}
+        entries.update({name: getattr(self, name) for name in self._per_descriptor})
+        return {prefix + name: tensor for name, tensor in entries.items()}
+
+    def _copy(self, start: int, block: Tensor, incoming: dict[str, Tensor]) -> None:
+        descriptors = [tensor[block.to(tensor.device)] for tensor in _both(incoming, "descriptors")]
+        if self.dtype != torch.int8 or descriptors[0].dtype != torch.int8:
+            self.write(start, descriptors)
+            return
+        for held, new in zip(self.descriptors, descriptors, strict=True):
+            held[start : start + len(block)] = new
+        for factors, new in zip((self.scales_1, self.scales_2), _both(incoming, "scales"), strict=True):
+            factors[start : start + len(block)] = new[block.to(new.device)]
+
     def _misfit(self, incoming: dict[str, Tensor]) -> str | None:
+        return self._other_configuration(incoming) or self._other_counts(incoming) or self._finer_than(incoming)
+
+    def _other_configuration(self, incoming: dict[str, Tensor]) -> str | None:
         for name, tensor in incoming.items():
-            if tensor.ndim != getattr(self, name).ndim:
+            if tensor.ndim != (3 if name == "histograms" else 4):
                 return f"{name} has shape {tuple(tensor.shape)}."
         if "histograms" in incoming and incoming["histograms"].shape[1:] != self.histograms.shape[1:]:
             blocks, words = incoming["histograms"].shape[1:]
@@ -137,9 +284,34 @@ class ReferenceBank(nn.Module):
                     f"its descriptors have {incoming[name].shape[1]} channels, the model descriptor_channels={own}. "
                     "Use the value of the checkpoint."
                 )
+        return None
+
+    @staticmethod
+    def _other_counts(incoming: dict[str, Tensor]) -> str | None:
         counts = {name: tensor.shape[0] for name, tensor in incoming.items()}
-        if counts.get("descriptors_1") != counts.get("descriptors_2"):
-            return f"its parts hold different numbers of images: {counts}."
-        if counts.get("descriptors_1") and len(set(counts.values())) != 1:
+        if counts.get("descriptors_1") != counts.get("descriptors_2") or (
+            counts.get("descriptors_1") and len(set(counts.values())) != 1
+        ):
             return f"its parts hold different numbers of images: {counts}."
         return None
+
+    def _finer_than(self, incoming: dict[str, Tensor]) -> str | None:
+        if not len(incoming.get("descriptors_1", ())):
+            return None
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        types = {tensor.dtype for name, tensor in incoming.items() if name.startswith("descriptors")}
+        for dtype in types:
+            if dtype not in names:
+                return f"its descriptors are {dtype}; expected one of {', '.join(DTYPES)}."
+            if dtype.itemsize < self.dtype.itemsize:
+                return (
+                    f"its descriptors are {names[dtype]}, the model has bank_dtype={names[self.dtype]!r}. A bank can "
+                    f"be made coarser while it is loaded, not finer: use bank_dtype={names[dtype]!r}."
+                )
+        if torch.int8 in types and not {"scales_1", "scales_2"} <= incoming.keys():
+            return "its descriptors are int8 but it has no scales."
+        return None
+
+
+def _both(incoming: dict[str, Tensor], name: str) -> list[Tensor]:
+    return [incoming[f"{name}_{scale}"] for scale in (1, 2)]

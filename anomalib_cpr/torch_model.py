@@ -15,7 +15,7 @@ from .foreground import ForegroundEstimator
 from .global_retrieval import GlobalRetriever
 from .matching import match
 from .metric_head import MetricHead
-from .reference_bank import ReferenceBank
+from .reference_bank import BankDtype, ReferenceBank
 from .scoring import Scorer
 
 
@@ -35,6 +35,9 @@ class CprModel(nn.Module):
         window_sizes (Sequence[int]): Side of the matching window per scale, in cells, odd.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
+        bank_dtype (Literal["float32", "float16", "int8"]): How the bank stores descriptors: 4, 2 or 1 bytes per value.
+        max_references (int | None): Keep at most so many training images, chosen to represent all; None keeps all.
+        bank_on_host (bool): Leave the descriptors in main memory and move only those of the K references.
 
     Raises:
         ValueError: If a value is out of range.
@@ -54,6 +57,9 @@ class CprModel(nn.Module):
         window_sizes: Sequence[int] = (3, 1),
         codebook_size: int = 12,
         blocks: int = 5,
+        bank_dtype: BankDtype = "float32",
+        max_references: int | None = None,
+        bank_on_host: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -82,7 +88,7 @@ class CprModel(nn.Module):
             MetricHead(channels, descriptor_channels) for channels in self.feature_extractor.channels
         )
         self.scorer = Scorer()
-        self.bank = ReferenceBank(descriptor_channels, codebook_size, blocks)
+        self.bank = ReferenceBank(descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host)
 
     def load_backbone_weights(self) -> str:
         """Load the backbone's weights, unless a checkpoint has brought them.
@@ -124,8 +130,10 @@ class CprModel(nn.Module):
             )
 
             distances = [
-                match(query, gallery, references, window)
-                for query, gallery, window in zip(queries, self.bank.descriptors, self.window_sizes, strict=True)
+                match(query, gallery, references, window, scales)
+                for query, gallery, window, scales in zip(
+                    queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
+                )
             ]
             anomaly_map, score = self.scorer(distances, foreground, images.shape[-2:])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
@@ -150,20 +158,28 @@ class CprModel(nn.Module):
     def remember(self, batches: Sequence[Tensor] | Callable[[], Sequence[Tensor]]) -> None:
         """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
 
+        With ``max_references``, only images that represent all are described, and the bank forgets the others.
+
         Args:
             batches (Sequence[Tensor] | Callable): Normalised images, ``(batch, 3, height, width)`` each.
         """
         was_training = self.training
         self.eval()
         try:
-            start, count = 0, self.bank.histograms.shape[0]
-            for images in batches() if callable(batches) else batches:
-                features = self.feature_extractor(images)
-                descriptors = self.describe(features)
-                if start == 0:
-                    self.bank.allocate(count, [(d.shape[-2], d.shape[-1]) for d in descriptors])
-                self.bank.write(start, descriptors)
-                start += len(images)
+            chosen = self.bank.representatives()
+            wanted = torch.zeros(len(self.bank.histograms), dtype=torch.bool).index_fill_(0, chosen, True)
+            seen = written = 0
+            for batch in batches() if callable(batches) else batches:
+                images = batch[wanted[seen : seen + len(batch)].to(batch.device)]
+                seen += len(batch)
+                if not len(images):
+                    continue
+                descriptors = self.describe(self.feature_extractor(images))
+                if written == 0:
+                    self.bank.allocate(len(chosen), [(d.shape[-2], d.shape[-1]) for d in descriptors])
+                self.bank.write(written, descriptors)
+                written += len(images)
+            self.bank.keep(chosen)
         except BaseException:
             self.bank.clear()  # a half-filled bank would silently compare with noise
             raise

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from anomalib_cpr.global_retrieval import GlobalRetriever, assign_words, block_histograms, histogram_distance
+from anomalib_cpr.global_retrieval import (
+    GlobalRetriever,
+    assign_words,
+    block_histograms,
+    histogram_distance,
+    representatives,
+)
 
 
 def test_each_cell_takes_its_nearest_word():
@@ -79,3 +85,35 @@ def test_nearest_orders_excludes_self_and_stops_at_the_gallery():
     assert others.shape == (6, 5)
     assert all(image not in row for image, row in enumerate(others.tolist()))
     assert others.tolist() == everyone[:, 1:].tolist()
+
+
+def slow_representatives(gallery, count):
+    """Farthest first, from the image nearest to the mean."""
+
+    def distance(query, reference):
+        return slow_distance(query, reference, 0.8)
+
+    mean = gallery.mean(0)
+    chosen = [min(range(len(gallery)), key=lambda i: distance(gallery[i], mean))]
+    while len(chosen) < count:
+        left = [i for i in range(len(gallery)) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance(gallery[i], gallery[j]) for j in chosen)))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11, 12, 20])
+def test_representatives(count):
+    gallery = torch.rand(12, 4, 5, generator=torch.Generator().manual_seed(4))
+    gallery = gallery / gallery.sum(-1, keepdim=True)
+    assert representatives(gallery, count).tolist() == slow_representatives(gallery, min(count, 12))
+
+
+def test_representatives_of_equal_images_differ():
+    assert representatives(torch.full((6, 4, 5), 0.2), 4).unique().numel() == 4
+
+
+def test_representatives_cover_every_group():
+    """Three kinds of images, one of them rare: each is represented."""
+    kinds = torch.eye(3)[:, None].expand(3, 4, 3) * 0.9 + 0.1 / 3
+    gallery = kinds[[0] * 10 + [1] * 10 + [2]]
+    assert {0 if i < 10 else 1 if i < 20 else 2 for i in representatives(gallery, 3).tolist()} == {0, 1, 2}

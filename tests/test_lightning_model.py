@@ -122,23 +122,29 @@ def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **lim
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_steps": 6}, {"max_epochs": 2}, {"max_steps": 6, "accumulate_grad_batches": 2}]
+    ("limits", "arguments"),
+    [
+        ({"max_steps": 6}, {}),
+        ({"max_epochs": 2}, {}),
+        ({"max_steps": 6, "accumulate_grad_batches": 2}, {}),
+        ({"max_steps": 6}, {"max_references": 4}),  # the checkpoint's bank has forgotten two images
+    ],
 )
 def test_interrupted_training_resumes_bit_identically(
-    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, limits
+    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, limits, arguments
 ):
     seed_everything(5, verbose=False)
-    whole = tiny_model()
+    whole = tiny_model(**arguments)
     engine(limit_val_batches=0, **limits).fit(whole, datamodule=tiny_datamodule)
 
     seed_everything(5, verbose=False)
-    interrupt(engine, tiny_model(), tiny_datamodule, 4, **limits)
+    interrupt(engine, tiny_model(**arguments), tiny_datamodule, 4, **limits)
     (usable,) = tmp_path.rglob("interrupted.ckpt")
 
     seed_everything(99, verbose=False)  # the checkpoint's seed counts
     monkeypatch.setattr(lightning_model, "collect_samples", None)  # nothing is learned twice
     monkeypatch.setattr(lightning_model, "cluster_centres", None)
-    resumed, spy = tiny_model(), Spy()
+    resumed, spy = tiny_model(**arguments), Spy()
     engine(limit_val_batches=0, callbacks=[spy], **limits).fit(resumed, datamodule=tiny_datamodule, ckpt_path=usable)
     assert spy.steps == 2 * limits.get("accumulate_grad_batches", 1), "six steps in all, four were done"
     assert_same(weights(whole.model), weights(resumed.model))
@@ -194,6 +200,47 @@ def test_bank_is_never_stale(engine, tiny_model, tiny_datamodule):
     descriptors = model.model.describe(model.model.feature_extractor(images))
     for held, own in zip(model.model.bank.descriptors, descriptors, strict=True):
         assert torch.allclose(held, own, atol=1e-5)
+
+
+def test_small_bank(engine, tiny_model, tiny_datamodule, tmp_path, caplog):
+    """Coarse and reduced: trained, announced, saved, loaded, tested."""
+    caplog.set_level("INFO")
+    model, own = tiny_model(bank_dtype="int8", max_references=4), engine(max_epochs=2)
+    own.fit(model, datamodule=tiny_datamodule)
+    assert "the reference bank will hold 4 of them and take 0 MB (int8) on cpu" in caplog.text
+    assert len(model.model.bank) == len(model.model.bank.histograms) == 4
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    assert_same(weights(model.model), weights(Cpr.load_from_checkpoint(checkpoint, map_location="cpu").model))
+    (metrics,) = engine().test(
+        tiny_model(bank_dtype="int8", max_references=4), datamodule=tiny_datamodule, ckpt_path=checkpoint
+    )
+    assert metrics["image_AUROC"] >= 0.5
+    with pytest.raises(RuntimeError, match="bank_dtype='float32'"):
+        engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=checkpoint)
+
+
+def test_finished_training_is_loaded_smaller(engine, tiny_model, tiny_datamodule, tmp_path):
+    model = tiny_model()
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    small = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", bank_dtype="float16", max_references=2)
+    assert len(small.model.bank) == 2
+    assert small.model.bank.descriptors_1.dtype == torch.float16
+
+
+def test_checkpoint_of_the_first_format(engine, tiny_model, tiny_datamodule, tmp_path):
+    model = tiny_model()
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    (path,) = tmp_path.rglob("model.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["cpr"] = {"format": 1, "seed": 1, "kind": "object"}
+    checkpoint["state_dict"] = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
+    for name in ("bank_dtype", "max_references", "bank_on_host"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, path)
+    assert_same(weights(model.model), weights(Cpr.load_from_checkpoint(path, map_location="cpu").model))
+    (metrics,) = engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=path)
+    assert "image_AUROC" in metrics
 
 
 def test_training_on_other_data_starts_anew(engine, tiny_model, tiny_datamodule, tmp_path):
@@ -349,6 +396,7 @@ class TestBadInput:
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
             ({"training_precision": "float64"}, "training_precision='float64'"),
+            ({"bank_dtype": "half"}, "bank_dtype='half'"),
         ],
     )
     def test_arguments(self, tiny_model, arguments, message):

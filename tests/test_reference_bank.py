@@ -1,16 +1,26 @@
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr.reference_bank import ReferenceBank
+from anomalib_cpr.reference_bank import DTYPES, ReferenceBank, quantise
 
 
-def filled(count=3, channels=4, words=6, blocks=2, cells=((4, 6), (2, 3))):
-    bank = ReferenceBank(channels, words, blocks)
-    bank.histograms = torch.rand(count, blocks**2, words)
-    bank.foregrounds = torch.rand(count, 1, *cells[0])
+def filled(count=3, channels=4, words=6, blocks=2, cells=((4, 6), (2, 3)), **storage):
+    generator = torch.Generator().manual_seed(count)
+    bank = ReferenceBank(channels, words, blocks, **storage)
+    bank.histograms = torch.rand(count, blocks**2, words, generator=generator)
+    bank.foregrounds = torch.rand(count, 1, *cells[0], generator=generator)
     bank.allocate(count, cells)
-    bank.write(0, [torch.rand(count, channels, *c) for c in cells])
+    bank.write(0, [F.normalize(torch.randn(count, channels, *c, generator=generator), dim=1) for c in cells])
     return bank
+
+
+def values(bank):
+    """Descriptors of both scales as numbers."""
+    return [
+        d.float() if scale is None else d.float() * scale
+        for d, scale in zip(bank.descriptors, bank.scales, strict=True)
+    ]
 
 
 def test_survives_a_state_dict():
@@ -65,11 +75,110 @@ def test_clear_keeps_what_does_not_depend_on_the_heads():
     assert ReferenceBank(4, 6, 2).load_state_dict(bank.state_dict())
 
 
-def test_predicted_size_is_the_real_one():
-    bank = filled()
-    descriptors = sum(d.numel() * 4 for d in bank.descriptors) / 1e6
-    assert bank.size_for(3, [(4, 6), (2, 3)]) == pytest.approx(descriptors)
-    assert bank.megabytes > descriptors
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_references", [None, 2, 9])
+def test_predicted_size_is_the_real_one(dtype, max_references):
+    kept = 3 if max_references is None else min(3, max_references)
+    bank = filled(count=kept, dtype=dtype, max_references=max_references)
+    held = sum(bank.get_buffer(name).nbytes for name in bank._per_descriptor) / 1e6
+    assert bank.size_for(3, [(4, 6), (2, 3)]) == pytest.approx(held)
+    assert bank.megabytes > held
+
+
+@pytest.mark.parametrize("channels", [1, 16, 384])
+def test_eight_bits_keep_length_and_direction(channels):
+    descriptors = F.normalize(torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(0)), dim=1)
+    integers, scales = quantise(descriptors)
+    assert integers.dtype == torch.int8
+    restored = integers.double() * scales
+    assert torch.allclose(restored.norm(dim=1), torch.ones(2, 5, 7, dtype=torch.double), atol=1e-6)
+    # Half a step of max / 127 per component, which random errors of all components rarely reach together.
+    assert (1 - (restored * descriptors).sum(1)).abs().max() < 1e-4
+
+
+def test_a_zero_descriptor_stays_zero():
+    integers, scales = quantise(torch.zeros(1, 4, 1, 1))
+    assert (integers.float() * scales).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_descriptors_lie_channels_last_through_a_checkpoint(dtype, tmp_path):
+    bank, other = filled(dtype=dtype), ReferenceBank(4, 6, 2, dtype)
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    for own, held in zip(bank.descriptors, other.descriptors, strict=True):
+        assert held.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(own, held)
+    assert other.get_buffer("descriptors_1").dtype == DTYPES[dtype]
+
+
+def test_checkpoint_of_the_first_format_is_rearranged():
+    state = {name: tensor.contiguous() for name, tensor in filled().state_dict().items()}
+    assert not state["descriptors_1"].is_contiguous(memory_format=torch.channels_last)
+    bank = ReferenceBank(4, 6, 2)
+    bank.load_state_dict(state)
+    assert bank.descriptors_1.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(bank.descriptors_1, state["descriptors_1"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "tolerance"),
+    [("float32", "float16", 1e-3), ("float32", "int8", 0.01), ("float16", "int8", 0.01), ("int8", "int8", 1e-7)],
+)
+@pytest.mark.parametrize("max_references", [None, 20])
+def test_checkpoint_is_made_coarser_and_smaller_while_loading(stored, asked, tolerance, max_references):
+    bank = filled(count=37, dtype=stored)
+    other = ReferenceBank(4, 6, 2, asked, max_references)
+    other.load_state_dict(bank.state_dict())
+    kept = torch.arange(37)
+    if max_references:
+        bank.max_references = max_references
+        kept = bank.representatives()
+        assert len(other) == len(kept) == 20
+    assert torch.equal(other.histograms, bank.histograms[kept])
+    assert torch.equal(other.foregrounds, bank.foregrounds[kept])
+    for own, held in zip(values(bank), values(other), strict=True):
+        assert torch.allclose(own[kept], held, atol=tolerance)
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("int8", "float32"), ("int8", "float16"), ("float16", "float32")])
+def test_a_coarse_bank_is_not_passed_off_as_a_fine_one(stored, asked):
+    with pytest.raises(RuntimeError, match=f"descriptors are {stored}, the model has bank_dtype='{asked}'"):
+        ReferenceBank(4, 6, 2, asked).load_state_dict(filled(dtype=stored).state_dict(), strict=False)
+
+
+@pytest.mark.parametrize(("name", "message"), [("scales_1", "no scales"), ("descriptors_1", "torch.int16")])
+def test_damaged_bank(name, message):
+    state = filled(dtype="int8").state_dict()
+    if name == "scales_1":
+        del state[name]
+    else:
+        state[name] = state[name].short()
+    with pytest.raises(RuntimeError, match=message):
+        ReferenceBank(4, 6, 2, "int8").load_state_dict(state)
+
+
+def test_on_host_only_the_small_parts_move():
+    bank = filled(dtype="int8", on_host=True)
+    expected = bank.descriptors_1.clone()
+    bank.to("meta")
+    assert bank.histograms.is_meta
+    assert bank.foregrounds.is_meta
+    assert torch.equal(bank.descriptors_1, expected)
+    assert not bank.scales_2.is_meta
+    assert set(bank.state_dict()) == set(filled(dtype="int8").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bfloat16"}, "bank_dtype='bfloat16': must be one of 'float32', 'float16', 'int8'"),
+        ({"max_references": 0}, "max_references=0: must be at least 1"),
+    ],
+)
+def test_values_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ReferenceBank(4, 6, 2, **arguments)
 
 
 def test_empty_bank_and_other_size_are_refused():

@@ -115,6 +115,32 @@ def test_survives_a_state_dict(images):
     assert torch.equal(model(query).anomaly_map, other(query).anomaly_map)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 0.02)])
+def test_coarse_banks(images, dtype, tolerance):
+    queries = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    expected, result = make_model(images)(queries), make_model(images, bank_dtype=dtype)(queries)
+    assert not torch.equal(result.anomaly_map, expected.anomaly_map)
+    assert torch.allclose(result.anomaly_map, expected.anomaly_map, atol=tolerance)
+
+
+def test_only_representatives_are_remembered(images):
+    """The same as a model that has seen nothing but them."""
+    model = make_model(images, max_references=3)
+    assert len(model.bank) == len(model.bank.histograms) == len(model.bank.foregrounds) == 3
+    whole = make_model(images)
+    whole.bank.max_references = 3
+    chosen = whole.bank.representatives()
+    query = torch.randn(2, 3, 64, 96)
+    few = make_model(images[chosen])(query)
+    assert torch.allclose(model(query).anomaly_map, few.anomaly_map, atol=1e-6)
+
+
+def test_bank_on_host_gives_the_same(images):
+    query = torch.randn(2, 3, 64, 96)
+    model = make_model(images, bank_on_host=True)
+    assert torch.equal(model.to("cpu")(query).anomaly_map, make_model(images)(query).anomaly_map)
+
+
 def test_references_are_the_same_under_autocast(images):
     model = make_model(images)
     query = torch.randn(2, 3, 64, 96)
@@ -135,6 +161,8 @@ def test_references_are_the_same_under_autocast(images):
         ({"blocks": 0}, "blocks=0"),
         ({"window_sizes": (3, 2)}, r"window_sizes=\[3, 2\]: expected two odd numbers"),
         ({"window_sizes": (3,)}, r"window_sizes=\[3\]"),
+        ({"bank_dtype": "int4"}, "bank_dtype='int4'"),
+        ({"max_references": 0}, "max_references=0"),
         ({"backbone_weights": "file.pth"}, "contradicts pre_trained=False"),
     ],
 )
