@@ -116,7 +116,8 @@ class FeatureExtractor(nn.Module):
                 f"Cpr(pre_processor=Cpr.configure_pre_processor(({_nearest(height)}, {_nearest(width)})))."
             )
         with torch.no_grad():
-            return self.network(images)
+            # Channels last: CPUs convolve a third faster, GPUs in half precision too, and a descriptor is one piece.
+            return self.network(images.contiguous(memory_format=torch.channels_last))
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:

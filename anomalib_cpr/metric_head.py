@@ -6,7 +6,7 @@ checkpoints, so that these load without renaming: ``{0, 1, 3, 4}`` inside a head
 inception block.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,28 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, height, width)``, float32.
         """
-        return F.normalize(self(features).float(), dim=1, eps=1e-8)
+        descriptors = self(features) if self.training else self._folded(features)
+        return F.normalize(descriptors.float(), dim=1, eps=1e-8)
+
+    def _folded(self, features: Tensor) -> Tensor:
+        """The layers with fixed batch normalisation, in half the time.
+
+        Batch normalisation is folded into the convolutions, which takes microseconds and so is done anew each time:
+        nothing can be outdated. The average commutes with the 1x1 convolution after it, so that 64 channels are
+        averaged in place of 192, and two branches of one shape are one convolution.
+        """
+        block, last = cast("InceptionBlock", self[3]), cast("nn.Conv2d", self[4])
+        weight, bias = _fold(cast("nn.Conv2d", self[0]), cast("nn.BatchNorm2d", self[1]))
+        hidden = F.conv2d(features, weight, bias).relu_()
+        narrow, wide = (_fold(layer.conv, layer.bn) for layer in cast("Any", block.branch1))
+        pooled_weight, pooled_bias = _fold(cast("Any", block.branch3[1]).conv, cast("Any", block.branch3[1]).bn)
+        twins = [_fold(layer.conv, layer.bn) for layer in cast("list[Any]", [block.branch0, block.branch2[0]])]
+        weight, bias = (torch.cat(parts) for parts in zip(*twins, strict=True))
+        branch0, branch2 = F.conv2d(hidden, weight, bias).relu_().chunk(2, dim=1)
+        branch1 = F.conv2d(F.conv2d(hidden, *narrow).relu_(), *wide, padding=1).relu_()
+        branch3 = F.avg_pool2d(F.conv2d(hidden, pooled_weight), 3, 1, 1, count_include_pad=False)
+        branch3 = (branch3 + pooled_bias[:, None, None]).relu_()
+        return F.conv2d(torch.cat([branch0, branch1, branch2, branch3], 1), last.weight, last.bias)
 
     def describe_at(self, features: Tensor, positions: Tensor) -> Tensor:
         """Descriptors read bilinearly at positions, without their length normalised, as training compares them.
@@ -116,6 +137,16 @@ def bilinear_cells(positions: Tensor, height: int, width: int) -> tuple[Tensor, 
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     weights = (1 - (x[..., None] - columns).abs()) * (1 - (y[..., None] - rows).abs()) * inside
     return rows.long().clamp(0, height - 1) * width + columns.long().clamp(0, width - 1), weights
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the batch normalisation after it."""
+    mean, variance = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+    factor = norm.weight * torch.rsqrt(variance + norm.eps)
+    bias = norm.bias - mean * factor
+    if convolution.bias is not None:
+        bias = bias + convolution.bias * factor
+    return convolution.weight * factor[:, None, None, None], bias
 
 
 def read_at(features: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr.matching import match
+from anomalib_cpr import matching
+from anomalib_cpr.matching import match, match_shifts, match_tiles
+from anomalib_cpr.reference_bank import quantise
 
 
 def slow_match(query, gallery, references, window):
@@ -24,17 +26,53 @@ def slow_match(query, gallery, references, window):
     return result
 
 
+@pytest.mark.parametrize("way", [match_tiles, match_shifts])
+@pytest.mark.parametrize("chunk_bytes", [1, 1_000, 8_000_000])
 @pytest.mark.parametrize(
-    ("height", "width", "window", "k"), [(5, 5, 3, 2), (4, 7, 1, 3), (3, 6, 5, 1), (1, 1, 3, 2), (2, 3, 7, 2)]
+    ("height", "width", "window", "k"),
+    [(5, 5, 3, 2), (4, 7, 1, 3), (3, 6, 5, 1), (1, 1, 3, 2), (2, 3, 7, 2), (9, 8, 3, 4), (11, 6, 5, 2)],
 )
-def test_smallest_distance_over_references_and_window(height, width, window, k):
+def test_smallest_distance_over_references_and_window(height, width, window, k, chunk_bytes, way, monkeypatch):
+    monkeypatch.setattr(matching, "CHUNK_BYTES", chunk_bytes)
     generator = torch.Generator().manual_seed(0)
     query = F.normalize(torch.randn(2, 8, height, width, generator=generator), dim=1)
     gallery = F.normalize(torch.randn(4, 8, height, width, generator=generator), dim=1)
     references = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(2)])
-    assert torch.allclose(
-        match(query, gallery, references, window), slow_match(query, gallery, references, window), atol=1e-6
-    )
+    expected = slow_match(query, gallery, references, window)
+    assert torch.allclose(1 - way(query, gallery, references, window)[:, None], expected, atol=1e-6)
+    assert torch.allclose(match(query, gallery, references, window), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [match_tiles, match_shifts])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_coarse_galleries(dtype, layout, way):
+    """Compared as the numbers that they stand for, wherever they lie."""
+    generator = torch.Generator().manual_seed(5)
+    query = F.normalize(torch.randn(2, 8, 6, 7, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(4, 8, 6, 7, generator=generator), dim=1)
+    references = torch.tensor([[3, 0, 1], [2, 1, 3]])
+    stored, scales = (gallery.half(), None) if dtype == "float16" else quantise(gallery)
+    numbers = stored.float() if scales is None else stored.float() * scales
+    result = way(query, stored.contiguous(memory_format=layout), references, 3, scales)
+    assert torch.allclose(1 - result[:, None], slow_match(query, numbers, references, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("scales", [None, torch.rand(3, 1, 6, 6)])
+def test_an_export_follows_its_references(scales):
+    """Exported with one choice of references, run with another."""
+    generator = torch.Generator().manual_seed(6)
+    query, gallery = torch.randn(2, 2, 8, 6, 6, generator=generator)
+    gallery = torch.cat([gallery, query[:1]])
+
+    class Matching(torch.nn.Module):
+        def forward(self, query, references):
+            return match(query, gallery, references, 3, scales)
+
+    first, second = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[2, 0], [0, 0]])
+    exported = torch.export.export(Matching(), (query, first)).module()
+    assert torch.allclose(exported(query, second), Matching()(query, second), atol=1e-5)
+    assert not torch.allclose(exported(query, first), exported(query, second), atol=1e-2)
 
 
 def test_an_image_matches_itself_perfectly():

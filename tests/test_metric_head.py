@@ -17,6 +17,26 @@ def test_descriptors_have_unit_length(head):
     assert torch.allclose(descriptors.norm(dim=1), torch.ones(2, 9, 11), atol=1e-5)
 
 
+def test_folded_layers_give_the_same_as_they_stand():
+    torch.manual_seed(1)
+    head = MetricHead(16, 24)
+    for _ in range(3):  # statistics that are not 0 and 1
+        head(torch.randn(4, 16, 8, 8) * 2 + 1)
+    for parameter in head.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    head.eval()
+    features = torch.randn(2, 16, 9, 11)
+    assert torch.allclose(head.describe(features), F.normalize(head(features), dim=1), atol=1e-6)
+    head[0].weight.data *= 1.5  # nothing of the old weights is kept
+    assert torch.allclose(head.describe(features), F.normalize(head(features), dim=1), atol=1e-6)
+
+
+def test_describing_while_training_uses_the_batch(head):
+    head.train()
+    features = torch.randn(2, 16, 9, 11)
+    assert torch.allclose(head.describe(features), F.normalize(head(features), dim=1), atol=1e-6)
+
+
 def test_reading_before_the_last_layer_equals_reading_after_it(head):
     """Also at the edges, where bilinear reading reaches beyond the map and the bias must fade with it."""
     features = torch.randn(2, 16, 9, 11)
