@@ -78,7 +78,7 @@ def test_train_says_what_it_did(trained):
         "Backbone: test_resnet with random weights",
         "Kind: object (category 'screw' of MVTec",
         "6 training images of 64x64 in memory",
-        "the reference bank will take",
+        "the reference bank will hold 6 of them and take",
         "Codebook: ",
         "Reference bank: ",
         "image_AUROC",
