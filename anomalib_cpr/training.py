@@ -13,7 +13,7 @@ from .augmentation import augment, device_generator
 from .foreground import sharpen
 from .kinds import Kind
 from .loss import metric_loss, remote_weights
-from .pairs import sample_patch_pairs
+from .pairs import POSITIONS_PER_KIND, sample_patch_pairs
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training_images import TrainingImages
@@ -95,7 +95,11 @@ def draw_image_pairs(
 
 
 def training_loss(
-    model: CprModel, data: TrainingData, images: ImagePairs, generator: torch.Generator
+    model: CprModel,
+    data: TrainingData,
+    images: ImagePairs,
+    generator: torch.Generator,
+    count: int = POSITIONS_PER_KIND,
 ) -> tuple[Tensor, Tensor]:
     """Compare the patches of a batch of image pairs.
 
@@ -104,6 +108,7 @@ def training_loss(
         data (TrainingData): Normalisation and kind.
         images (ImagePairs): The batch.
         generator (torch.Generator): On the CPU.
+        count (int): Pairs of patches of each kind per pair of images.
 
     Returns:
         tuple[Tensor, Tensor]: Loss of the positives and of the negatives, each summed over the scales.
@@ -115,6 +120,7 @@ def training_loss(
             images.weights,
             device_generator(generator, images.queries.device),
             remote=data.kind == "object",
+            count=count,
         )
     positions = torch.cat([pairs.query, pairs.reference])
     # Queries and references pass the heads as one batch: batch normalisation sees both.

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What helps a short training, and what does not: one thing changed at a time, on drawn data.
+
+Every variant trains with the same seeds, hence on the same pairs of images, for the same number of steps. Codebook,
+foreground and neighbours do not depend on the variant and are learned once. A finished run is never run again.
+
+    python benchmarks/ablation.py run --weights densenet201.pth   # one JSON per run, in results/ablation
+    python benchmarks/ablation.py table                           # the table, as Markdown
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch import Callback, Trainer
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr import loss, training
+from anomalib_cpr.drawn_data import DrawnParts
+from anomalib_cpr.lightning_model import Cpr
+from anomalib_cpr.pairs import PatchPairs
+
+RESULTS = Path("results/ablation")
+
+
+class AblationCpr(Cpr):
+    """CPR with a switch for what is not an argument of the model.
+
+    Args:
+        positions (int): Patches of each kind that a pair of images contributes.
+        anomaly_probability (float): Share of queries with an anomaly.
+        arguments (Any): Of CPR.
+    """
+
+    def __init__(self, positions: int = 300, anomaly_probability: float = 0.9, **arguments: Any) -> None:  # noqa: ANN401
+        super().__init__(**arguments)
+        self.positions = positions
+        self.anomaly_probability = anomaly_probability
+
+    def compare_pairs(self, step: int, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Compare more or fewer patches than usual."""
+        assert self._synthesise is not None  # noqa: S101 - narrows the type
+        self._synthesise.anomaly_probability = self.anomaly_probability
+        with mock.patch.object(training.training_loss, "__defaults__", (self.positions,)):
+            return super().compare_pairs(step, batch_idx)
+
+
+class Average(Callback):
+    """Exponential moving average of the heads, which replaces them before the bank is built.
+
+    Args:
+        decay (float): Share of the average that stays at each step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Cpr, *args: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Update the average."""
+        del trainer, args
+        for name, value in pl_module.model.metric_heads.state_dict().items():
+            held = self.average.setdefault(name, value.clone())
+            if value.is_floating_point():
+                held.lerp_(value, 1 - self.decay)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Cpr) -> None:  # type: ignore[override]
+        """Take the average over; the bank that was built a moment ago is outdated."""
+        del trainer
+        pl_module.model.metric_heads.load_state_dict(self.average)
+        pl_module.model.bank.clear()
+        pl_module.build_bank()
+
+
+class Recalibrate(Callback):
+    """Batch-norm statistics of the clean training images, instead of the running ones of the last steps."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Cpr) -> None:  # type: ignore[override]
+        """Measure them, and build the bank again."""
+        del trainer
+        norms = [
+            module for module in pl_module.model.metric_heads.modules() if isinstance(module, torch.nn.BatchNorm2d)
+        ]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        pl_module.model.metric_heads.train()
+        assert pl_module._training_data is not None  # noqa: S101, SLF001
+        with torch.no_grad():
+            for images in pl_module._training_data.images.batches(8, pl_module.device):  # noqa: SLF001
+                pl_module.model.describe(pl_module.model.feature_extractor(images))
+        pl_module.model.bank.clear()
+        pl_module.build_bank()
+
+
+def hardest_negatives(query: Tensor, reference: Tensor, pairs: PatchPairs, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As metric_loss, but of the remote negatives only the most similar quarter counts."""
+    similarity = F.cosine_similarity(query.float(), reference.float(), dim=1, eps=1e-8).detach()
+    remote = similarity[:, pairs.count : 2 * pairs.count].masked_fill(weights <= 0, -2)
+    chosen = remote >= remote.topk(pairs.count // 4, dim=1).values[:, -1:]
+    return loss.metric_loss(query, reference, pairs, weights * chosen)
+
+
+def equal_weights(query_features: Tensor, reference_features: Tensor, pairs: PatchPairs) -> Tensor:
+    """All remote negatives count the same."""
+    del query_features, reference_features
+    return pairs.valid[:, pairs.count : 2 * pairs.count].float()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the reference.
+
+    Attributes:
+        arguments (dict[str, Any]): Of the model.
+        callbacks (Callable): Makes callbacks of the trainer.
+        patches (dict[str, Any]): Functions of :mod:`anomalib_cpr.training` to replace.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[Callback]] = list  # type: ignore[assignment]
+    patches: dict[str, Any] = field(default_factory=dict)
+
+
+REFERENCE = {"learning_rate": 1e-3, "learning_rate_schedule": "cosine", "warm_up_steps": 20}
+VARIANTS = {
+    "reference": Variant(),
+    "constant learning rate": Variant({"learning_rate_schedule": "constant"}),
+    "no warm-up": Variant({"warm_up_steps": 0}),
+    "learning rate 2e-3": Variant({"learning_rate": 2e-3}),
+    "learning rate 4e-3": Variant({"learning_rate": 4e-3}),
+    "average of weights, 0.95": Variant(callbacks=lambda: [Average(0.95)]),
+    "bfloat16 steps": Variant({"training_precision": "bfloat16"}),
+    "1000 positions per pair": Variant({"positions": 1000}),
+    "hardest quarter of 1200 remote negatives": Variant(
+        {"positions": 1200}, patches={"metric_loss": hardest_negatives}
+    ),
+    "remote negatives weigh the same": Variant(patches={"remote_weights": equal_weights}),
+    "batch norm of clean images": Variant(callbacks=lambda: [Recalibrate()]),
+    "every query has an anomaly": Variant({"anomaly_probability": 1.0}),
+}
+
+
+def train_and_measure(name: str, category: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a variant and measure it on the test set of the drawn category.
+
+    Args:
+        name (str): Of the variant.
+        category (str): Of the drawn data.
+        seed (int): Of everything.
+        options (argparse.Namespace): Of the command.
+
+    Returns:
+        dict[str, Any]: What was run, and its metrics on raw maps and scores.
+    """
+    variant, size = VARIANTS[name], options.image_size
+    seed_everything(seed, verbose=False)
+    model = AblationCpr(
+        pre_trained=options.weights is not None,
+        backbone_weights=options.weights,
+        descriptor_channels=64,
+        kind=options.kind,
+        pre_processor=Cpr.configure_pre_processor((size, size)),
+        **{**REFERENCE, **variant.arguments},
+    )
+    datamodule = DrawnParts(
+        root=options.data_root, category=category, image_size=size, train_batch_size=options.batch_size
+    )
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
+        _reuse_preparation(model, options.data_root / f"prepared_{category}_{seed}_{size}.pt")
+        engine = Engine(
+            max_steps=options.steps,
+            limit_val_batches=0,
+            callbacks=variant.callbacks(),
+            default_root_dir=folder,
+            logger=False,
+            accelerator="cpu",
+            enable_progress_bar=False,
+        )
+        start = time.perf_counter()
+        engine.fit(model, datamodule=datamodule)
+        seconds = time.perf_counter() - start
+    return {
+        "variant": name,
+        "category": category,
+        "seed": seed,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "image_size": size,
+        "descriptor_channels": 64,
+        "backbone": "densenet201",
+        "backbone_weights": options.weights_name,
+        "fit_seconds": round(seconds, 1),
+        **measure(model, datamodule),
+    }
+
+
+def measure(model: Cpr, datamodule: AnomalibDataModule) -> dict[str, float]:
+    """Image AUROC, pixel AUROC and pixel AP on raw scores and maps.
+
+    Args:
+        model (Cpr): Fitted.
+        datamodule (DrawnParts): Its test set is the measure.
+    """
+    model.eval()
+    transform = model.pre_processor.transform  # type: ignore[union-attr]
+    scores, labels, maps, masks = [], [], [], []
+    for index in range(len(datamodule.test_data)):
+        item: Any = datamodule.test_data[index]
+        with torch.no_grad():
+            prediction = model.model(transform(item.image[None]))  # type: ignore[operator]
+        scores.append(prediction.pred_score.item())
+        labels.append(int(item.gt_label))
+        maps.append(prediction.anomaly_map.flatten())
+        mask = item.gt_mask if item.gt_mask is not None else torch.zeros(item.image.shape[-2:])
+        masks.append((mask > 0).flatten())
+    truth, guess = torch.cat(masks).numpy(), torch.cat(maps).numpy()
+    return {
+        "image_AUROC": round(float(roc_auc_score(labels, scores)), 5),
+        "pixel_AUROC": round(float(roc_auc_score(truth, guess)), 5),
+        "pixel_AP": round(float(average_precision_score(truth, guess)), 5),
+    }
+
+
+def _reuse_preparation(model: Cpr, path: Path) -> None:
+    """Let codebook, foreground and histograms be learned once for a category and a seed."""
+    learn = model._learn_retrieval  # noqa: SLF001
+
+    def load_or_learn(images: Any) -> None:  # noqa: ANN401
+        parts = model.model.global_retriever, model.model.foreground_estimator, model.model.bank
+        if path.exists():
+            kind, states = torch.load(path, weights_only=True)
+            model.resolved_kind = kind
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+            return
+        learn(images)
+        torch.save([model.resolved_kind, [copy.deepcopy(part.state_dict()) for part in parts]], path)
+
+    model._learn_retrieval = load_or_learn  # type: ignore[method-assign]  # noqa: SLF001
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing until the time is over.
+
+    Args:
+        options (argparse.Namespace): Of the command.
+    """
+    options.results.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for seed in options.seeds:
+        for category in options.categories:
+            for name in options.variants:
+                slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+                path = options.results / f"{slug}-{category}-{seed}-{options.steps}.json"
+                if path.exists():
+                    continue
+                if time.monotonic() - start > 60 * options.minutes:
+                    print("Time is over; run the command again for the rest.")
+                    return
+                result = train_and_measure(name, category, seed, options)
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                print(json.dumps(result))
+
+
+def table(folder: Path) -> str:
+    """Means over categories and seeds, and the difference from the reference on the same category and seed.
+
+    Args:
+        folder (Path): With the JSON files of the runs.
+
+    Returns:
+        str: Markdown.
+    """
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    key = ("category", "seed", "steps", "image_size", "batch_size")
+    runs: dict[str, dict[tuple, dict]] = {}
+    for row in rows:
+        runs.setdefault(row["variant"], {})[tuple(row[name] for name in key)] = row
+    reference = runs["reference"]
+    lines = [
+        "| variant | runs | image AUROC | pixel AP | pixel AP minus reference: mean (each) |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sorted(runs, key=lambda name: list(VARIANTS).index(name) if name in VARIANTS else 99):
+        own = runs[name]
+        changes = [own[run]["pixel_AP"] - reference[run]["pixel_AP"] for run in sorted(own) if run in reference]
+        mean = {metric: statistics.mean(row[metric] for row in own.values()) for metric in ("image_AUROC", "pixel_AP")}
+        change = f"{statistics.mean(changes):+.3f} ({', '.join(f'{value:+.3f}' for value in changes)})"
+        lines.append(
+            f"| {name} | {len(own)} | {mean['image_AUROC']:.3f} | {mean['pixel_AP']:.3f} | "
+            f"{change if name != 'reference' else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--data-root", type=Path, default=Path("datasets/DrawnParts"))
+    parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
+    parser.add_argument("--weights-name", default="random", help="what to call them in the results")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--categories", nargs="+", default=["gear", "pills"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--kind", default="auto")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+    else:
+        print(table(options.results))
+
+
+if __name__ == "__main__":
+    main()
