@@ -31,13 +31,13 @@ class Scorer(nn.Module):
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
-    def forward(self, distances: Sequence[Tensor], foreground: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(self, distances: Sequence[Tensor], foregrounds: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
         Args:
             distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first,
                 ``(batch, 1, height_i, width_i)``.
-            foreground (Tensor): Foreground of ``(batch, 1, height_0, width_0)``, the largest of query and references.
+            foregrounds (Tensor): Foregrounds of query and references, ``(batch, any number, height_0, width_0)``.
             size (tuple[int, int]): Height and width of the image, in pixels.
 
         Returns:
@@ -45,7 +45,9 @@ class Scorer(nn.Module):
         """
         cells = distances[0].shape[-2:]
         fused = torch.stack([F.interpolate(distance, cells, mode="bilinear") for distance in distances]).mean(0) / 2
-        anomaly_map = F.interpolate(fused, size, mode="bilinear") * F.interpolate(foreground, size, mode="bilinear")
+        # The largest of the enlarged maps, as the authors do it; the largest, enlarged, is more between cells.
+        foreground = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
+        anomaly_map = F.interpolate(fused, size, mode="bilinear") * foreground
         anomaly_map = self.blur(anomaly_map)
         top = anomaly_map.flatten(1).topk(min(self.top_pixels, size[0] * size[1]), dim=1, sorted=False).values
         return anomaly_map, top.mean(1)

@@ -125,9 +125,7 @@ class CprModel(nn.Module):
             references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
 
             foreground = self.foreground_estimator(features[0].float())
-            foreground = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1).amax(
-                1, keepdim=True
-            )
+            foregrounds = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1)
 
             distances = [
                 match(query, gallery, references, window, scales)
@@ -135,7 +133,7 @@ class CprModel(nn.Module):
                     queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
                 )
             ]
-            anomaly_map, score = self.scorer(distances, foreground, images.shape[-2:])
+            anomaly_map, score = self.scorer(distances, foregrounds, images.shape[-2:])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     @property

@@ -7,11 +7,12 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cpr.scoring import Scorer
 
 
-def slow_score(distances, foreground, size):
+def slow_score(distances, foregrounds, size):
     """OpenCV's blur and numpy's sort, one image at a time."""
     height, width = size
     fused = (distances[0] + F.interpolate(distances[1], distances[0].shape[-2:], mode="bilinear")) / 4
-    pixels = F.interpolate(fused, size, mode="bilinear") * F.interpolate(foreground, size, mode="bilinear")
+    largest = torch.stack([F.interpolate(one[:, None], size, mode="bilinear") for one in foregrounds.unbind(1)]).amax(0)
+    pixels = F.interpolate(fused, size, mode="bilinear") * largest
     maps = [cv2.GaussianBlur(image[0].numpy(), (33, 33), 4, borderType=cv2.BORDER_REFLECT_101) for image in pixels]
     scores = [np.sort(image.ravel())[-min(512, height * width) :].mean() for image in maps]
     return torch.from_numpy(np.stack(maps))[:, None], torch.tensor(np.array(scores))
@@ -22,9 +23,9 @@ def test_map_and_score(size):
     generator = torch.Generator().manual_seed(0)
     height, width = size
     distances = [2 * torch.rand(2, 1, height // stride, width // stride, generator=generator) for stride in (4, 8)]
-    foreground = torch.rand(2, 1, height // 4, width // 4, generator=generator)
-    expected_map, expected_score = slow_score(distances, foreground, size)
-    anomaly_map, score = Scorer()(distances, foreground, size)
+    foregrounds = torch.rand(2, 3, height // 4, width // 4, generator=generator)
+    expected_map, expected_score = slow_score(distances, foregrounds, size)
+    anomaly_map, score = Scorer()(distances, foregrounds, size)
     assert torch.allclose(anomaly_map, expected_map, atol=1e-5)
     assert torch.allclose(score, expected_score.float(), atol=1e-5)
 

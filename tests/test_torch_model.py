@@ -45,8 +45,9 @@ def test_cascade_against_a_plain_one(images):
                         distance = 1 - (descriptors[scale] * other).sum(1)[0]
                         best = torch.where(distance < best, distance, best)
             total = total + F.interpolate(best[None, None], (16, 24), mode="bilinear") / 4
-        mask = torch.stack([foreground, *[references[i][1] for i in order]]).amax(0)
-        pixels = F.interpolate(total, (64, 96), mode="bilinear") * F.interpolate(mask, (64, 96), mode="bilinear")
+        masks = [foreground, *[references[i][1] for i in order]]
+        mask = torch.stack([F.interpolate(one, (64, 96), mode="bilinear") for one in masks]).amax(0)
+        pixels = F.interpolate(total, (64, 96), mode="bilinear") * mask
         expected = _blur(pixels)
         assert torch.allclose(result.anomaly_map[index], expected[0], atol=1e-5)
         assert result.pred_score[index].item() == pytest.approx(
