@@ -2,6 +2,7 @@
 """The command ``anomalib-cpr``: what goes beside anomalib's own commands.
 
 Each subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, named in :data:`COMMANDS`.
+A module with ``TAKES_REST = True`` finds the arguments that argparse does not know in ``arguments.rest``.
 Only the module of the command that was asked for is imported, so ``doctor`` works where the others cannot be imported.
 """
 
@@ -15,6 +16,7 @@ from . import __version__
 # name -> (module of this package, what `anomalib-cpr --help` says about it)
 COMMANDS = {
     "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
+    "import-checkpoint": ("import_checkpoint", "turn a checkpoint of the CPR authors into one of anomalib"),
     "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),
 }
 
@@ -35,14 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"anomalib-cpr {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run = None
+    run, takes_rest = None, False
     for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if argv[:1] == [name]:
             module = import_module(f"{__package__}.{module_name}")
             module.add_arguments(subparser)
-            run = module.run
-    arguments = parser.parse_args(argv)
+            run, takes_rest = module.run, getattr(module, "TAKES_REST", False)
+    arguments, arguments_rest = parser.parse_known_args(argv)
+    if arguments_rest and not takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(arguments_rest)}")
+    arguments.rest = arguments_rest
     if run is None:
         parser.print_help()
         return 2
