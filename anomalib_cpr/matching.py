@@ -4,15 +4,14 @@
 There are two ways with one result:
 
 - :func:`match_shifts` is the definition: a running maximum over references and shifts. It runs anywhere and exports.
-- :func:`match_tiles` is for CPUs: matrix products of cache-sized pieces.
+- :func:`match_cells` is for CPUs: matrix products of cache-sized pieces.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-TILE = 4  # query cells per matrix product: with fewer the products are too thin, with more they compute more in vain
-CHUNK_BYTES = 8_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
+CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 
 
 def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None) -> Tensor:
@@ -40,7 +39,7 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scale
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
     if query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
-        similarity = match_tiles(query, gallery, references, window, scales)
+        similarity = match_cells(query, gallery, references, window, scales)
     else:
         similarity = match_shifts(query, gallery, references, window, scales)
     # Rounding may push a perfect match a little above 1.
@@ -100,19 +99,18 @@ def _shifted_similarity(query: Tensor, reference: Tensor, down: int, right: int,
     return F.pad(similarity, (left, width - end, top, height - bottom), value=-2.0)
 
 
-def match_tiles(
+def match_cells(
     query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None
 ) -> Tensor:
     """Largest cosine over references and window, as matrix products of cache-sized pieces.
 
-    The cells of a few rows are taken as one sequence, with all K references side by side at each cell::
+    The descriptors of a few rows are laid out as one sequence of cells, with all K references side by side at each
+    cell. What a cell is compared with in one row of its window is then one piece of memory, and all of it one product::
 
-        query       | 0 1 2 3 | 4 5 6 7 | ...      tiles of 4 cells
-        references          3 4 5 6 7 8            the cells around tile 1, K descriptors each, in one row of the window
+        query       . . 2 . .      one cell
+        references  . 1 2 3 .      the window's cells, K descriptors each: a matrix of 3 K rows
 
-    One batched product compares each tile with the cells around it, of which the diagonals are the shifts of the
-    window. Half of it is computed in vain (a 3x3 window), and yet it is several times faster than one shift after the
-    other, for which memory is the limit.
+    Nothing is computed in vain, and a reference is read from memory once, which is what limits the other way.
 
     Args:
         query (Tensor): See :func:`match`, as for the other arguments. On the CPU.
@@ -128,6 +126,7 @@ def match_tiles(
     gallery = gallery.permute(0, 2, 3, 1)
     factors = None if scales is None else scales[:, 0]
     best = query.new_full(query.shape[:3], -2.0)
+    # Image by image: each has references of its own, and the batch size changes nothing.
     for image, chosen, result in zip(query, references.tolist(), best, strict=True):
         _match_image(image, gallery, chosen, window, factors, result)
     return best
@@ -138,18 +137,17 @@ def _match_image(
 ) -> None:
     """Match one query, ``(height, width, channels)``, and raise ``best``, ``(height, width)``, to its similarities."""
     height, width, channels = query.shape
-    down, right = min(window // 2, height - 1), min(window // 2, width - 1)
     k = len(chosen)
-    rows = _rows_at_a_time(height, width, 4 * width * k * channels)
-    # A chunk of rows, the rows above and below that its windows reach, and the cells before and after these.
-    cells = (rows + 2 * down) * width + 2 * right
-    held = query.new_zeros(cells, k, channels)
-    held_factors = None if factors is None else query.new_zeros(cells, k)
-    own = query.new_zeros(rows * width, channels)
-    tiles, reach = rows * width // TILE, TILE + 2 * right
+    down, right = min(window // 2, height - 1), min(window // 2, width - 1)
+    reach = 2 * right + 1
+    rows = min(height, max(1, CHUNK_BYTES // (4 * width * k * channels)))
+    # A chunk of rows, the rows above and below that its windows reach, and the cells before and after these. What lies
+    # outside the image is compared too, and left out in the end.
+    held = query.new_zeros((rows + 2 * down) * width + 2 * right, k, channels)
+    held_factors = None if factors is None else query.new_zeros(held.shape[:2])
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        own[: (bottom - top) * width] = query[top:bottom].flatten(0, 1)
+        cells = (bottom - top) * width
         first, last = max(0, top - down), min(height, bottom + down)
         begin = right + (first - top + down) * width
         inside = slice(begin, begin + (last - first) * width)
@@ -157,25 +155,18 @@ def _match_image(
             held[inside, index] = gallery[reference, first:last].reshape(-1, channels)
             if held_factors is not None and factors is not None:
                 held_factors[inside, index] = factors[reference, first:last].reshape(-1)
+        own = query[top:bottom].reshape(cells, 1, channels)
         for row_shift in range(-down, down + 1):
-            start = (row_shift + down) * width
-            around = held.as_strided(
-                (tiles, reach * k, channels), (TILE * k * channels, channels, 1), start * k * channels
-            )
-            products = torch.bmm(own.view(tiles, TILE, channels), around.transpose(1, 2))
+            start = (row_shift + down) * width * k
+            around = held.as_strided((cells, reach * k, channels), (k * channels, channels, 1), start * channels)
+            # In this order: as (3 K, channels) x (channels, 1), MKL takes seven times as long.
+            products = torch.bmm(own, around.transpose(1, 2))[:, 0]
             if held_factors is not None:
-                products *= held_factors.as_strided((tiles, 1, reach * k), (TILE * k, 0, 1), start * k)
-            similarity = products.view(tiles, TILE, reach, k).amax(3)
+                products *= held_factors.as_strided((cells, reach * k), (k, 1), start)
+            similarity = products.view(bottom - top, width, reach, k).amax(3)
             upper, lower = max(top, -row_shift), min(bottom, height - row_shift)
             for column_shift in range(-right, right + 1):
                 left, end = max(0, -column_shift), width - max(0, column_shift)
-                shifted = similarity.diagonal(column_shift + right, 1, 2).reshape(rows, width)
                 target = best[upper:lower, left:end]
-                torch.maximum(target, shifted[upper - top : lower - top, left:end], out=target)
-
-
-def _rows_at_a_time(height: int, width: int, bytes_per_row: int) -> int:
-    """Rows of a chunk: as many as the cache holds, and so many that tiles fill them."""
-    step = next(step for step in (1, 2, TILE) if step * width % TILE == 0)
-    wanted = min(height, max(1, CHUNK_BYTES // bytes_per_row))
-    return -(-wanted // step) * step
+                shifted = similarity[upper - top : lower - top, left:end, column_shift + right]
+                torch.maximum(target, shifted, out=target)

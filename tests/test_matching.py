@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr import matching
-from anomalib_cpr.matching import match, match_shifts, match_tiles
+from anomalib_cpr.matching import match, match_cells, match_shifts
 from anomalib_cpr.reference_bank import quantise
 
 
@@ -26,7 +26,7 @@ def slow_match(query, gallery, references, window):
     return result
 
 
-@pytest.mark.parametrize("way", [match_tiles, match_shifts])
+@pytest.mark.parametrize("way", [match_cells, match_shifts])
 @pytest.mark.parametrize("chunk_bytes", [1, 1_000, 8_000_000])
 @pytest.mark.parametrize(
     ("height", "width", "window", "k"),
@@ -43,7 +43,7 @@ def test_smallest_distance_over_references_and_window(height, width, window, k, 
     assert torch.allclose(match(query, gallery, references, window), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", [match_tiles, match_shifts])
+@pytest.mark.parametrize("way", [match_cells, match_shifts])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_coarse_galleries(dtype, layout, way):
