@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
     "import-checkpoint": ("import_checkpoint", "turn a checkpoint of the CPR authors into one of anomalib"),
     "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),
+    "speed": ("speed", "measure latency, throughput and memory of CPR and its peers"),
 }
 
 

@@ -119,20 +119,9 @@ class CprModel(nn.Module):
         features = self.feature_extractor(images)
         self.bank.check(features[0].shape[-2:])
         queries = self.describe(features)
-
         with full_precision(images.device):
-            histograms = self.global_retriever(features[0])
-            references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
-
-            foreground = self.foreground_estimator(features[0].float())
-            foregrounds = torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1)
-
-            distances = [
-                match(query, gallery, references, window, scales)
-                for query, gallery, window, scales in zip(
-                    queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
-                )
-            ]
+            references, foregrounds = self.retrieve(features[0])
+            distances = self.match(queries, references)
             anomaly_map, score = self.scorer(distances, foregrounds, images.shape[-2:])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
@@ -151,6 +140,38 @@ class CprModel(nn.Module):
             list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32.
         """
         return [head.describe(scale) for head, scale in zip(self.heads, features, strict=True)]
+
+    def retrieve(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The most similar training images, and where the object is on the query and on each of them.
+
+        Args:
+            features (Tensor): F1 of shape ``(batch, channels, height, width)``.
+
+        Returns:
+            tuple[Tensor, Tensor]: Indices into the bank, ``(batch, k)``, the most similar first; foregrounds
+                ``(batch, 1 + k, height, width)``, the query's and its references'.
+        """
+        histograms = self.global_retriever(features)
+        references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
+        foreground = self.foreground_estimator(features.float())
+        return references, torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1)
+
+    def match(self, queries: Sequence[Tensor], references: Tensor) -> list[Tensor]:
+        """Distance of each cell to its best match on the references, per scale.
+
+        Args:
+            queries (Sequence[Tensor]): Descriptors of both scales.
+            references (Tensor): Indices into the bank, ``(batch, k)``.
+
+        Returns:
+            list[Tensor]: Distances 0..2, ``(batch, 1, height_i, width_i)``.
+        """
+        return [
+            match(query, gallery, references, window, scales)
+            for query, gallery, window, scales in zip(
+                queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
+            )
+        ]
 
     @torch.no_grad()
     def remember(self, batches: Sequence[Tensor] | Callable[[], Sequence[Tensor]]) -> None:
