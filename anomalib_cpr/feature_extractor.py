@@ -112,12 +112,31 @@ class FeatureExtractor(nn.Module):
         if height % STRIDES[-1] or width % STRIDES[-1]:
             raise ValueError(
                 f"Image size {height}x{width} does not fit the strides {STRIDES}: both sides must be divisible by "
-                f"{STRIDES[-1]}; nearest is {_nearest(height)}x{_nearest(width)}. Set it in the pre-processor: "
-                f"Cpr(pre_processor=Cpr.configure_pre_processor(({_nearest(height)}, {_nearest(width)})))."
+                f"{STRIDES[-1]}; nearest is {_nearest(height)}x{_nearest(width)}: "
+                f"Cpr(image_size=({_nearest(height)}, {_nearest(width)})), --model.image_size "
+                f"'[{_nearest(height)}, {_nearest(width)}]', or your own pre-processor."
             )
         with torch.no_grad():
             # Channels last: CPUs convolve a third faster, GPUs in half precision too, and a descriptor is one piece.
             return self.network(images.contiguous(memory_format=torch.channels_last))
+
+
+def checked_size(size: Sequence[int] | int) -> tuple[int, int]:
+    """Height and width of images that fit the strides.
+
+    Args:
+        size (Sequence[int] | int): Height and width in pixels, or one number for both.
+
+    Returns:
+        tuple[int, int]: Height and width.
+
+    Raises:
+        ValueError: If it is not one or two positive numbers divisible by 8.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(side < STRIDES[-1] or side % STRIDES[-1] for side in sides):
+        raise ValueError(f"image_size={size}: expected height and width in pixels, both divisible by {STRIDES[-1]}.")
+    return sides[0], sides[1]
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from .feature_extractor import checked_size
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
@@ -74,6 +75,8 @@ class Cpr(AnomalibModule):
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
         training_precision (Literal["auto", "float32", "bfloat16"]): Of backbone and heads in training steps; codebook,
             bank and inference stay in float32. ``auto`` takes bfloat16 where the device computes with it.
+        image_size (Sequence[int] | int | None): Height and width to which the default pre-processor resizes, in pixels,
+            divisible by 8; one number for both. None means 320.
         resume_point_minutes (float): Time between the points from which an interrupted training can be resumed.
         pre_processor (nn.Module | bool): Pre-processor, or whether to use the default one.
         post_processor (nn.Module | bool): Post-processor, or whether to use the default one.
@@ -117,12 +120,17 @@ class Cpr(AnomalibModule):
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
         training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
+        image_size: Sequence[int] | int | None = None,
         resume_point_minutes: float = 10.0,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if image_size is not None:
+            if pre_processor is not True:
+                raise ValueError(f"image_size={image_size} is for the default pre-processor; leave it to yours.")
+            pre_processor = self.configure_pre_processor(checked_size(image_size))
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )

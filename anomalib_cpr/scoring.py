@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+TOP_SHARE = 512 / 320**2
+
 
 class Scorer(nn.Module):
     """Fuses the scales, applies the foreground, smooths, and pools.
 
     Args:
-        top_pixels (int): Number of largest pixels whose mean is the image score.
+        top_share (float): Share of the largest pixels whose mean is the image score: the authors' 512 at 320x320
+            pixels, and as many at other sizes in proportion.
         kernel_size (int): Of the Gaussian blur, in pixels, odd.
         sigma (float): Of the Gaussian blur, in pixels.
 
@@ -24,9 +27,9 @@ class Scorer(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, top_pixels: int = 512, kernel_size: int = 33, sigma: float = 4.0) -> None:
+    def __init__(self, top_share: float = TOP_SHARE, kernel_size: int = 33, sigma: float = 4.0) -> None:
         super().__init__()
-        self.top_pixels = top_pixels
+        self.top_share = top_share
         offsets = torch.arange(kernel_size, dtype=torch.float32) - kernel_size // 2
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
@@ -49,7 +52,8 @@ class Scorer(nn.Module):
         foreground = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
         anomaly_map = F.interpolate(fused, size, mode="bilinear") * foreground
         anomaly_map = self.blur(anomaly_map)
-        top = anomaly_map.flatten(1).topk(min(self.top_pixels, size[0] * size[1]), dim=1, sorted=False).values
+        count = max(1, round(self.top_share * size[0] * size[1]))
+        top = anomaly_map.flatten(1).topk(count, dim=1, sorted=False).values
         return anomaly_map, top.mean(1)
 
     def blur(self, image: Tensor) -> Tensor:

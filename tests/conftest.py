@@ -65,9 +65,7 @@ def tiny_model():
     """Makes a model that trains in seconds; keyword arguments override."""
     from anomalib_cpr.lightning_model import Cpr
 
-    def make(image_size=(64, 64), **arguments):
-        arguments = {**TINY_BACKBONE, "descriptor_channels": 8, "k": 3, **arguments}
-        arguments.setdefault("pre_processor", Cpr.configure_pre_processor(image_size))
-        return Cpr(**arguments)
+    def make(**arguments):
+        return Cpr(**{**TINY_BACKBONE, "descriptor_channels": 8, "k": 3, "image_size": 64, **arguments})
 
     return make

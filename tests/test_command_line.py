@@ -44,15 +44,7 @@ def trained(tmp_path_factory):
                 **TINY_BACKBONE,
                 "descriptor_channels": 8,
                 "k": 3,
-                "pre_processor": {
-                    "class_path": "anomalib.pre_processing.PreProcessor",
-                    "init_args": {
-                        "transform": {
-                            "class_path": "torchvision.transforms.v2.Resize",
-                            "init_args": {"size": [64, 64], "antialias": False},
-                        }
-                    },
-                },
+                "image_size": 64,
             },
         },
         "data": {

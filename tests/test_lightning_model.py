@@ -75,6 +75,15 @@ def test_whole_round(engine, tiny_model, tiny_datamodule, tmp_path):
         assert torch.equal(first.anomaly_map, second.anomaly_map)
 
 
+@pytest.mark.parametrize(("image_size", "expected"), [(64, (64, 64)), ([48, 80], (48, 80))])
+def test_image_size(engine, tiny_model, tiny_datamodule, tmp_path, image_size, expected):
+    model = tiny_model(image_size=image_size)
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    assert loaded(torch.rand(1, 3, 50, 70)).anomaly_map.shape[-2:] == expected
+
+
 def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):
     model = tiny_model()
     engine(max_steps=2).fit(model, datamodule=tiny_datamodule)
@@ -365,7 +374,10 @@ class TestBadInput:
 
     def test_size_that_does_not_fit_the_strides(self, engine, tiny_model, tiny_datamodule):
         with pytest.raises(ValueError, match="60x60 does not fit the strides"):
-            engine(max_steps=1).fit(tiny_model(image_size=(60, 60)), datamodule=tiny_datamodule)
+            engine(max_steps=1).fit(
+                tiny_model(image_size=None, pre_processor=Cpr.configure_pre_processor((60, 60))),
+                datamodule=tiny_datamodule,
+            )
 
     def test_checkpoint_of_another_configuration(self, engine, tiny_model, tiny_datamodule, tmp_path):
         engine(max_steps=1).fit(tiny_model(), datamodule=tiny_datamodule)
@@ -396,6 +408,9 @@ class TestBadInput:
             ({"k": 0}, "k=0"),
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
+            ({"image_size": 64, "pre_processor": False}, "image_size=64 is for the default pre-processor"),
+            ({"image_size": (60, 64)}, r"image_size=\(60, 64\): expected height and width"),
+            ({"image_size": (64, 64, 3)}, "expected height and width"),
             ({"training_precision": "float64"}, "training_precision='float64'"),
             ({"bank_dtype": "half"}, "bank_dtype='half'"),
         ],

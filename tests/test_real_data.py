@@ -32,7 +32,7 @@ def test_screws(few_screws, data_root, tmp_path):
         backbone_weights=data_root / "weights" / "densenet201_to_denseblock2.pth",
         anomaly_source_path=data_root / "dtd" / "images",
         descriptor_channels=16,
-        pre_processor=Cpr.configure_pre_processor((160, 160)),
+        image_size=160,
     )
     engine = Engine(max_steps=2, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
     (metrics,) = engine.train(model, datamodule=few_screws)
