@@ -19,6 +19,10 @@ COMMANDS = {
     "import-checkpoint": ("import_checkpoint", "turn a checkpoint of the CPR authors into one of anomalib"),
     "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),
     "speed": ("speed", "measure latency, throughput and memory of CPR and its peers"),
+    "inspect": ("inspection", "show what a training would learn from: pairs, anomalies, foreground, neighbours"),
+    "explain": ("explain", "show why an image got its score: references, matches, foreground, maps"),
+    "benchmark": ("benchmark", "compare models on data sets: quality, time, memory; one process per job, resumable"),
+    "report": ("report", "write the report of a benchmark anew, as Markdown and HTML"),
 }
 
 

@@ -168,6 +168,7 @@ class Cpr(AnomalibModule):
 
         self.resolved_kind: Kind | None = None if kind == "auto" else kind
         self.seed: int | None = None
+        self.training_paths: list[str] = []
         self.saves_bank = True
         self._training_data: TrainingData | None = None
         self._described: tuple[Tensor, Tensor] | None = None  # histograms and foregrounds of all training images
@@ -254,6 +255,7 @@ class Cpr(AnomalibModule):
             images = load_training_images(
                 loader, getattr(self.pre_processor, "transform", None), self.seed, self._track("Training images", total)
             )
+        self.training_paths = images.paths
         if resumed:
             self._check_resumed(images)
         else:
@@ -444,6 +446,8 @@ class Cpr(AnomalibModule):
                 checkpoint["state_dict"][f"model.bank.{name}"] = buffer
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         checkpoint["cpr"]["training_images"] = self._trained_on
+        # By which `anomalib-cpr explain` finds the pictures of the references.
+        checkpoint["cpr"]["training_paths"] = self.training_paths
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was decided in training."""
@@ -456,6 +460,7 @@ class Cpr(AnomalibModule):
             )
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self._trained_on = own.get("training_images")
+        self.training_paths = list(own.get("training_paths", []))
 
     def teardown(self, stage: str) -> None:
         """Free the training images and leave the trainer as it was."""

@@ -3,11 +3,13 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from anomalib.data.utils import read_image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -21,10 +23,12 @@ class TrainingImages:
     Args:
         images (Tensor): Of shape ``(count, 3, height, width)``, float32 in 0..1.
         normalize (v2.Normalize | None): Normalisation of the pre-processor; None if it has none.
+        paths (Sequence[str]): Where each image was read from, as far as that is known.
     """
 
-    def __init__(self, images: Tensor, normalize: v2.Normalize | None) -> None:
+    def __init__(self, images: Tensor, normalize: v2.Normalize | None, paths: Sequence[str] = ()) -> None:
         self.images = images
+        self.paths = list(paths)
         self._normalize = normalize
 
     def __len__(self) -> int:
@@ -83,10 +87,12 @@ def load_training_images(
         dataset, batch_size=None, num_workers=loader.num_workers, generator=torch.Generator().manual_seed(seed)
     )
     images: Tensor | None = None
+    paths: list[str] = []
     count = 0
-    for image, anomalous in track(reader):
+    for index, (image, anomalous) in enumerate(track(reader)):
         if anomalous:
             continue
+        paths.append(dataset.path(index))
         prepared = resize(image[None]).float()
         if images is None:
             images = torch.empty(len(dataset), *prepared.shape[1:])
@@ -109,7 +115,20 @@ def load_training_images(
             if count
             else "All training images are labelled anomalous; CPR learns from good ones."
         )
-    return TrainingImages(images[:count], normalize)
+    return TrainingImages(images[:count], normalize, paths)
+
+
+def read_colours(file: str | Path) -> Tensor:
+    """Read an image file as anomalib's data sets do.
+
+    Args:
+        file (str | Path): The file.
+
+    Returns:
+        Tensor: Colours in 0..1, ``(3, height, width)``.
+    """
+    image = torch.as_tensor(read_image(file, as_tensor=True)).as_subclass(Tensor).float()
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
 def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Tensor], v2.Normalize | None]:
@@ -154,7 +173,7 @@ class _RepeatableDataset(Dataset):
                 item = self.dataset[index]
         except Exception as error:
             raise RuntimeError(
-                f"Training image {self._path(index)} cannot be read: {error}. Repair or remove it."
+                f"Training image {self.path(index)} cannot be read: {error}. Repair or remove it."
             ) from error
         finally:
             random.setstate(state[0])
@@ -164,7 +183,8 @@ class _RepeatableDataset(Dataset):
             image = image.expand(3, -1, -1)
         return image.as_subclass(Tensor), bool(item.gt_label) if item.gt_label is not None else False
 
-    def _path(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """File of an image, or its number where the data set does not tell."""
         samples = getattr(self.dataset, "samples", None)
         if samples is not None and "image_path" in samples:
             return str(samples.iloc[index].image_path)

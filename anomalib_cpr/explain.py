@@ -1,0 +1,610 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``anomalib-cpr explain``: which references were retrieved, what was matched, what the score is made of.
+
+:func:`explain` takes the cascade apart for one image. It computes the matching anew, slowly and with positions; scores
+and maps come from the model itself, so what is explained is what is predicted.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from .global_retrieval import assign_words, histogram_distance
+from .lightning_model import Cpr
+from .progress import progress_bar
+from .torch_model import CprModel
+from .training_images import read_colours, split_transform
+
+logger = logging.getLogger(__name__)
+
+PATCHES = 4
+# A further hot patch is shown if it is at least so hot, compared with the hottest.
+LEAST_SHARE = 0.4
+# Training images among which the usual distance to the nearest neighbour is looked up.
+SURVEYED = 512
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where the patches of a query find their best match, at one scale.
+
+    Attributes:
+        distance (Tensor): Smallest cosine distance, 0..2, ``(height, width)``.
+        reference (Tensor): Rank of the reference on which it lies, 0 being the most similar one.
+        row (Tensor): Row of the matching cell on that reference.
+        column (Tensor): Column of it.
+        per_reference (Tensor): Smallest distance to each reference, ``(k, height, width)``.
+    """
+
+    distance: Tensor
+    reference: Tensor
+    row: Tensor
+    column: Tensor
+    per_reference: Tensor
+
+
+@dataclass(frozen=True)
+class PatchAtScale:
+    """A patch and its best match, at one scale; cells are (row, column).
+
+    Attributes:
+        cell (tuple[int, int]): On the query.
+        match (tuple[int, int]): On the reference.
+        reference (int): Rank of the reference.
+        distance (float): Cosine distance, 0..2.
+        per_reference (list[float]): Smallest distance to each reference.
+        on_good_parts (list[float]): What the references themselves show at this place, each compared with its own
+            references: the distance that is normal here.
+    """
+
+    cell: tuple[int, int]
+    match: tuple[int, int]
+    reference: int
+    distance: float
+    per_reference: list[float]
+    on_good_parts: list[float]
+
+
+@dataclass(frozen=True)
+class HotPatch:
+    """One of the places where the anomaly map peaks.
+
+    Attributes:
+        pixel (tuple[int, int]): Row and column of the peak, in pixels.
+        value (float): Of the anomaly map there.
+        scales (list[PatchAtScale]): The comparison at each scale, finest first.
+        own_foreground (float): Foreground of the query there, 0..1.
+        reference_foreground (float): Largest foreground of the references there.
+        cause (str): "background", "references", "usual" or "unmatched".
+        verdict (str): The cause in words, with its numbers.
+    """
+
+    pixel: tuple[int, int]
+    value: float
+    scales: list[PatchAtScale]
+    own_foreground: float
+    reference_foreground: float
+    cause: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that a prediction was made of.
+
+    Attributes:
+        score (float): Image score, 0..1, as the model gives it.
+        anomaly_map (Tensor): Of shape ``(height, width)``, as the model gives it.
+        references (list[int]): Indices of the references in the gallery, the most similar first.
+        histogram_distances (list[float]): Of the references.
+        usual_distances (Tensor): Distance of training images to their nearest neighbour, sorted.
+        unlike (float): Share of training images whose nearest neighbour is nearer than the query's, 0..1.
+        words (Tensor): Word map of the query, ``(height / 4, width / 4)``.
+        foreground (Tensor): Of the query, ``(height / 4, width / 4)``.
+        reference_foregrounds (Tensor): ``(k, height / 4, width / 4)``.
+        matches (list[Match]): Per scale, finest first.
+        patches (list[HotPatch]): The hottest first.
+    """
+
+    score: float
+    anomaly_map: Tensor
+    references: list[int]
+    histogram_distances: list[float]
+    usual_distances: Tensor
+    unlike: float
+    words: Tensor
+    foreground: Tensor
+    reference_foregrounds: Tensor
+    matches: list[Match]
+    patches: list[HotPatch]
+
+
+def best_match(query: Tensor, references: Tensor, window: int) -> Match:
+    """Compare every patch with every reference and every place of the window, and remember the best.
+
+    The same minimum as :func:`anomalib_cpr.matching.match`, without its economy.
+
+    Args:
+        query (Tensor): Unit descriptors of shape ``(channels, height, width)``.
+        references (Tensor): Unit descriptors of shape ``(k, channels, height, width)``.
+        window (int): Side of the window in cells, odd.
+
+    Returns:
+        Match: Distances and positions. Of equally good matches the nearest reference wins.
+    """
+    height, width = query.shape[-2:]
+    radius = window // 2
+    shifts = list(product(range(-radius, radius + 1), repeat=2))
+    padded = F.pad(references.float(), (radius, radius, radius, radius))
+    inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=query.device), (radius,) * 4)
+    candidates = []
+    for down, right in shifts:
+        place = (slice(radius + down, radius + down + height), slice(radius + right, radius + right + width))
+        similarity = torch.einsum("chw,kchw->khw", query.float(), padded[:, :, place[0], place[1]])
+        candidates.append(similarity.masked_fill(~inside[place], -2.0))
+    similarities = torch.stack(candidates, dim=1)  # (k, shifts, height, width)
+    per_reference = (1 - similarities.amax(1)).clamp(0, 2)
+    best = similarities.flatten(0, 1).max(0)
+    shift = torch.tensor(shifts, device=query.device)[best.indices % len(shifts)]
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=query.device), torch.arange(width, device=query.device), indexing="ij"
+    )
+    return Match(
+        distance=(1 - best.values).clamp(0, 2),
+        reference=best.indices // len(shifts),
+        row=rows + shift[..., 0],
+        column=columns + shift[..., 1],
+        per_reference=per_reference,
+    )
+
+
+def peaks(anomaly_map: Tensor, count: int) -> list[tuple[int, int]]:
+    """Places where a map is largest, far enough from one another to be told apart.
+
+    Args:
+        anomaly_map (Tensor): Of shape ``(height, width)``.
+        count (int): At most so many.
+
+    Returns:
+        list[tuple[int, int]]: Row and column, the largest first; none that is below 40 % of the largest.
+    """
+    remaining = anomaly_map.clone()
+    height, width = remaining.shape
+    reach = max(2, max(height, width) // 12)
+    found: list[tuple[int, int]] = []
+    highest = float(remaining.max())
+    for _ in range(count):
+        index = int(remaining.argmax())
+        row, column = index // width, index % width
+        value = float(remaining[row, column])
+        if value <= 0 or value < LEAST_SHARE * highest:
+            break
+        found.append((row, column))
+        remaining[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = 0
+    return found
+
+
+@torch.no_grad()
+def explain(model: CprModel, image: Tensor, patches: int = PATCHES) -> Explanation:
+    """Take a prediction apart.
+
+    Args:
+        model (CprModel): A fitted model, in evaluation mode.
+        image (Tensor): One normalised image of shape ``(1, 3, height, width)``.
+        patches (int): Hot patches to be followed to their match.
+
+    Returns:
+        Explanation: On the CPU.
+
+    Raises:
+        RuntimeError: If the model was not fitted.
+        ValueError: If there is not exactly one image, or its size is not that of the training.
+    """
+    if image.shape[0] != 1:
+        raise ValueError(f"image has shape {tuple(image.shape)}: one image at a time can be explained.")
+    prediction = model(image)
+    features = model.feature_extractor(image)
+    retriever, bank = model.global_retriever, model.bank
+    histograms = retriever(features[0])
+    references = retriever.nearest(histograms, bank.histograms, model.k)[0]
+    distances = histogram_distance(histograms, bank.histograms)[0, references]
+    usual = usual_distances(bank.histograms)
+
+    matches = [
+        best_match(query[0], stored_descriptors(model, scale, references), window)
+        for scale, (query, window) in enumerate(zip(model.describe(features), model.window_sizes, strict=True))
+    ]
+    foreground = model.foreground_estimator(features[0].float())[0, 0]
+    reference_foregrounds = bank.foregrounds[references][:, 0]
+    anomaly_map = prediction.anomaly_map[0, 0].float()
+    unlike = float((usual < distances[0].cpu()).float().mean())
+    hot = [
+        _follow(model, pixel, float(anomaly_map[pixel]), references, matches, foreground, reference_foregrounds, unlike)
+        for pixel in peaks(anomaly_map, patches)
+    ]
+    return Explanation(
+        score=float(prediction.pred_score[0]),
+        anomaly_map=anomaly_map.cpu(),
+        references=references.tolist(),
+        histogram_distances=distances.tolist(),
+        usual_distances=usual,
+        unlike=unlike,
+        words=assign_words(features[0].float(), retriever.codebook)[0].cpu(),
+        foreground=foreground.cpu(),
+        reference_foregrounds=reference_foregrounds.cpu(),
+        matches=[Match(**{name: value.cpu() for name, value in vars(match).items()}) for match in matches],
+        patches=hot,
+    )
+
+
+def stored_descriptors(model: CprModel, scale: int, images: Tensor) -> Tensor:
+    """Descriptors of some images of the gallery, whatever type they are stored in.
+
+    Args:
+        model (CprModel): The fitted model.
+        scale (int): 0 for stride 4, 1 for stride 8.
+        images (Tensor): Indices of shape ``(count,)``.
+
+    Returns:
+        Tensor: Float32, ``(count, channels, height, width)``, on the device of the indices.
+    """
+    held, factors = model.bank.descriptors[scale], model.bank.scales[scale]
+    found = held[images.to(held.device)].float()
+    if factors is not None:
+        found = found * factors[images.to(factors.device)]
+    return found.to(images.device)
+
+
+def usual_distances(histograms: Tensor) -> Tensor:
+    """Distance of training images to their nearest neighbour: what a query's distance is to be compared with.
+
+    Args:
+        histograms (Tensor): Of the gallery, ``(gallery, blocks, words)``. Of more than 512, so many are looked at.
+
+    Returns:
+        Tensor: Sorted, on the CPU; empty if there is only one image.
+    """
+    count = len(histograms)
+    if count < 2:
+        return torch.zeros(0)
+    chosen = torch.linspace(0, count - 1, min(count, SURVEYED)).round().long().to(histograms.device)
+    nearest = []
+    for part in chosen.split(64):
+        distances = histogram_distance(histograms[part], histograms)
+        distances[torch.arange(len(part)), part] = float("inf")
+        nearest.append(distances.amin(1))
+    return torch.cat(nearest).sort().values.cpu()
+
+
+def _follow(
+    model: CprModel,
+    pixel: tuple[int, int],
+    value: float,
+    references: Tensor,
+    matches: Sequence[Match],
+    foreground: Tensor,
+    reference_foregrounds: Tensor,
+    unlike: float,
+) -> HotPatch:
+    """Follow a hot pixel to the cells and matches that made it hot."""
+    fine, weight = matches[0].distance, torch.maximum(foreground, reference_foregrounds.amax(0))
+    coarse = F.interpolate(matches[1].distance[None, None], fine.shape, mode="bilinear")[0, 0]
+    # The map is blurred: its peak lies within two cells of the cell that contributes most.
+    row, column = pixel[0] // 4, pixel[1] // 4
+    top, left = max(0, row - 2), max(0, column - 2)
+    nearby = ((fine + coarse) * weight)[top : row + 3, left : column + 3]
+    row, column = top + int(nearby.argmax()) // nearby.shape[1], left + int(nearby.argmax()) % nearby.shape[1]
+
+    scales = []
+    for level, (match, coarser) in enumerate(zip(matches, (1, 2), strict=True)):
+        cell = min(row // coarser, match.distance.shape[0] - 1), min(column // coarser, match.distance.shape[1] - 1)
+        scales.append(
+            PatchAtScale(
+                cell=cell,
+                match=(int(match.row[cell]), int(match.column[cell])),
+                reference=int(match.reference[cell]),
+                distance=float(match.distance[cell]),
+                per_reference=match.per_reference[:, cell[0], cell[1]].tolist(),
+                on_good_parts=_distances_on_good_parts(model, references, level, cell),
+            )
+        )
+    own, others = float(foreground[row, column]), float(reference_foregrounds[:, row, column].max())
+    cause, verdict = _judge(scales, own, others, unlike)
+    return HotPatch(pixel, value, scales, own, others, cause, verdict)
+
+
+def _distances_on_good_parts(model: CprModel, references: Tensor, level: int, cell: tuple[int, int]) -> list[float]:
+    """What each reference shows at a place when it is the query, compared with its own references."""
+    histograms = model.bank.histograms
+    if len(histograms) < 2:
+        return []
+    distances = histogram_distance(histograms[references], histograms)
+    distances[torch.arange(len(references)), references] = float("inf")
+    neighbours = distances.topk(min(model.k, len(histograms) - 1), dim=1, largest=False).indices
+    radius, (row, column) = model.window_sizes[level] // 2, cell
+    rows = slice(max(0, row - radius), row + radius + 1)
+    columns = slice(max(0, column - radius), column + radius + 1)
+    found = []
+    own = stored_descriptors(model, level, references)[:, :, row, column]
+    for patch, others in zip(own, neighbours, strict=True):
+        window_cells = stored_descriptors(model, level, others)[:, :, rows, columns]
+        found.append(float((1 - torch.einsum("c,kchw->khw", patch, window_cells).max()).clamp(0, 2)))
+    return found
+
+
+def _judge(scales: Sequence[PatchAtScale], own: float, others: float, unlike: float) -> tuple[str, str]:
+    """Name what made a patch hot."""
+    total = sum(scale.distance for scale in scales)
+    good = [sum(parts) for parts in zip(*(scale.on_good_parts for scale in scales), strict=True)]
+    usual = f"good parts {min(good):.2f}..{max(good):.2f} here" if good else "nothing to compare with"
+    if own < 0.5:
+        whose = f"only references see the part here ({others:.1f})" if others >= 0.5 else f"references {others:.1f}"
+        return "background", f"background: own foreground {own:.1f}, {whose}"
+    if good and total <= 1.2 * max(good):
+        return "usual", f"as on good parts: distance {total:.2f}, {usual}"
+    if unlike >= 0.99:
+        return "references", f"references differ from the image: distance {total:.2f}, {usual}"
+    return "unmatched", f"no match: distance {total:.2f}, {usual}"
+
+
+# --- pictures of the gallery, which a checkpoint names but does not hold
+
+
+def find_training_images(paths: Sequence[str], folder: Path | None = None) -> list[Path | None]:
+    """Find the files of the training images.
+
+    Args:
+        paths (Sequence[str]): Where they were when the model was trained.
+        folder (Path | None): Where they are now, if they were moved. Files are recognised by their names; where nothing
+            is known of them, all images of the folder are meant.
+
+    Returns:
+        list[Path | None]: One for each path, None where the file was not found; or the files of the folder.
+
+    Raises:
+        FileNotFoundError: If a folder is given that does not exist.
+    """
+    if folder is None:
+        return [Path(path) if Path(path).is_file() else None for path in paths]
+    by_name = {file.name: file for file in image_files(folder)}
+    return [by_name.get(Path(path).name) for path in paths] if paths else list(by_name.values())
+
+
+@torch.no_grad()
+def identify_gallery(model: CprModel, reader: "ImageReader", files: Sequence[Path | None]) -> list[Path | None]:
+    """Tell which file is which image of the gallery.
+
+    A model that keeps only some of its training images (``max_references``) does not say which; their histograms do.
+
+    Args:
+        model (CprModel): The fitted model.
+        reader (ImageReader): Of its pre-processor.
+        files (Sequence[Path | None]): Of the training images.
+
+    Returns:
+        list[Path | None]: One for each image of the gallery.
+    """
+    gallery = model.bank.histograms
+    if len(files) == len(gallery):
+        return list(files)
+    known = [file for file in files if file is not None]
+    if not known:
+        return [None] * len(gallery)
+    track = progress_bar("Looking for the references", len(known), enabled=True)
+    own = torch.cat(
+        [model.global_retriever(model.feature_extractor(reader.normalize(reader.colours(f)))[0]) for f in track(known)]
+    )
+    nearest = torch.cdist(gallery.flatten(1).float(), own.flatten(1).float(), p=1).argmin(1)
+    return [known[int(index)] for index in nearest]
+
+
+def image_files(path: Path) -> list[Path]:
+    """The image files of a folder, sorted; a file stands for itself.
+
+    Args:
+        path (Path): File or folder.
+
+    Returns:
+        list[Path]: The files.
+
+    Raises:
+        FileNotFoundError: If there is no such path, or no image in it.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist.")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"There are no images in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return files
+
+
+class ImageReader:
+    """Reads image files as the model sees them.
+
+    Args:
+        pre_processor (nn.Module | None): The model's.
+        device (torch.device): Where normalised images are wanted.
+    """
+
+    def __init__(self, pre_processor: nn.Module | None, device: torch.device) -> None:
+        self.resize, self._normalize = split_transform(getattr(pre_processor, "transform", None))
+        self.device = device
+
+    def colours(self, file: Path) -> Tensor:
+        """Resized image in 0..1, ``(3, height, width)``, on the CPU."""
+        return self.resize(read_colours(file)[None])[0]
+
+    def normalize(self, colours: Tensor) -> Tensor:
+        """As the backbone expects it: ``(3, height, width)`` to ``(1, 3, height, width)``."""
+        image = colours[None].to(self.device)
+        return image if self._normalize is None else self._normalize(image)
+
+    def denormalize(self, image: Tensor) -> Tensor:
+        """Colours in 0..1 of a normalised image, ``(3, height, width)``, on the CPU."""
+        image = image.detach().float().cpu()
+        if self._normalize is not None:
+            mean, std = (torch.tensor(value)[:, None, None] for value in (self._normalize.mean, self._normalize.std))
+            image = image * std + mean
+        return image.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """What can be shown of a reference.
+
+    Attributes:
+        name (str): Of the file.
+        colours (Tensor | None): In 0..1, ``(3, height, width)``; None where the file was not found.
+        words (Tensor | None): Its word map.
+        as_trained (bool): Whether the picture gives the histograms that the gallery holds.
+    """
+
+    name: str
+    colours: Tensor | None = None
+    words: Tensor | None = None
+    as_trained: bool = True
+
+
+@torch.no_grad()
+def reference_pictures(
+    model: CprModel, reader: ImageReader, files: Sequence[Path | None], references: Sequence[int]
+) -> list[ReferencePicture]:
+    """Read the references, and make sure that they are the images of the training.
+
+    Args:
+        model (CprModel): The fitted model.
+        reader (ImageReader): Of its pre-processor.
+        files (Sequence[Path | None]): Of the whole gallery.
+        references (Sequence[int]): Indices into the gallery.
+
+    Returns:
+        list[ReferencePicture]: One per reference.
+    """
+    pictures = []
+    for index in references:
+        file = files[index]
+        if file is None:
+            pictures.append(ReferencePicture(name=f"training image {index}"))
+            continue
+        colours = reader.colours(file)
+        features = model.feature_extractor(reader.normalize(colours))[0].float()
+        own = model.global_retriever(features)[0]
+        # Other hardware moves a few cells to another word; another image moves most of them.
+        difference = float((own - model.bank.histograms[index].to(own)).abs().sum() / (2 * len(own)))
+        words = assign_words(features, model.global_retriever.codebook)[0].cpu()
+        pictures.append(ReferencePicture(file.name, colours, words, as_trained=difference < 0.05))
+    return pictures
+
+
+# --- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of the subcommand.
+    """
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images to be explained, or folders")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint of a trained Cpr")
+    parser.add_argument("-o", "--output", type=Path, default=Path("explanations"), help="folder of the pictures")
+    parser.add_argument(
+        "--train-images", type=Path, metavar="FOLDER", help="where the training images are, if they were moved"
+    )
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="true mask of the defect, outlined in the picture")
+    parser.add_argument("--patches", type=int, default=PATCHES, help="hot patches to follow (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explain images and save the pictures.
+
+    Args:
+        arguments (argparse.Namespace): Parsed arguments, see :func:`add_arguments`.
+
+    Returns:
+        int: 0.
+    """
+    from .explain_picture import save_explanation  # noqa: PLC0415 - matplotlib takes a second
+
+    images = [file for path in arguments.images for file in image_files(path)]
+    if arguments.mask is not None and len(images) != 1:
+        raise SystemExit(f"--mask belongs to one image, {len(images)} were given.")
+    module = load(arguments.ckpt, torch.device(arguments.device))
+    reader = ImageReader(module.pre_processor, module.device)
+    files = find_training_images(module.training_paths, arguments.train_images)
+    files = identify_gallery(module.model, reader, files)
+    if not any(files):
+        print("The training images were not found: references are shown without picture. See --train-images.")
+    for file in images:
+        colours = reader.colours(file)
+        explanation = explain(module.model, reader.normalize(colours), arguments.patches)
+        mask = None
+        if arguments.mask is not None:
+            mask = reader.colours(arguments.mask)[0] > 0.5
+        target = unused_name(arguments.output, file)
+        save_explanation(
+            explanation,
+            colours,
+            reference_pictures(module.model, reader, files, explanation.references),
+            target,
+            codebook=module.model.global_retriever.codebook,
+            title="/".join(file.parts[-3:]),
+            mask=mask,
+            threshold=pixel_threshold(module),
+        )
+        print(f"{target}: score {explanation.score:.3f}")
+        for number, patch in enumerate(explanation.patches, 1):
+            print(f"  {number}. {patch.verdict}")
+    return 0
+
+
+def load(checkpoint: Path, device: torch.device) -> Cpr:
+    """Load a trained model for inference.
+
+    Args:
+        checkpoint (Path): Of a finished training.
+        device (torch.device): Where to put it.
+
+    Returns:
+        Cpr: In evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--ckpt {checkpoint}: there is no such file.")
+    module = cast("Cpr", Cpr.load_from_checkpoint(checkpoint, map_location="cpu", evaluator=False, visualizer=False))
+    return module.to(device).eval()
+
+
+def pixel_threshold(module: Cpr) -> float | None:
+    """Threshold of raw maps that validation has set; None if there is none.
+
+    Args:
+        module (Cpr): The trained model.
+    """
+    threshold = getattr(module.post_processor, "_pixel_threshold", None)
+    return float(threshold) if threshold is not None and bool(torch.isfinite(threshold)) else None
+
+
+def unused_name(folder: Path, file: Path) -> Path:
+    """Name for the picture of an image: its last two folders tell images of the same name apart.
+
+    Args:
+        folder (Path): For the picture.
+        file (Path): The image.
+    """
+    parts = [part for part in file.resolve().parts[-3:-1] if part not in {"/", "\\"}]
+    return folder / ("_".join([*parts, file.stem]) + ".png")

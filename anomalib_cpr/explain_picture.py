@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of an explanation, and the visualizer that draws it during ``anomalib test``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.utils.path import generate_output_filename
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpecFromSubplotSpec
+from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .explain import (
+    PATCHES,
+    Explanation,
+    HotPatch,
+    ImageReader,
+    ReferencePicture,
+    explain,
+    find_training_images,
+    identify_gallery,
+    pixel_threshold,
+    reference_pictures,
+)
+from .lightning_model import Cpr
+from .pictures import MARKS, SHARE_COLOURS, bare, new_figure, outline, save, show_colours, show_map, show_words, style
+from .pictures import word_colours as colours_of_words
+
+CAUSES = {
+    "background": "outside the part",
+    "references": "references unlike the image",
+    "usual": "no more than good parts show here",
+    "unmatched": "found on no reference",
+}
+LEGEND = (
+    "Numbered squares: where the map peaks, and the best match on a reference (full line: stride 4, dotted: stride 8; "
+    "'gives 9 %': so many patches match best there).\n"
+    "Dots: cosine distance of the patch to each reference (filled: stride 4, open: stride 8, ringed: the match).  "
+    "Grey band: distances that the references themselves show at this place."
+)
+# Side of the square that is shown enlarged, as a share of the image.
+CROP = 0.16
+
+
+def draw_explanation(
+    explanation: Explanation,
+    colours: Tensor,
+    pictures: Sequence[ReferencePicture],
+    *,
+    codebook: Tensor | None = None,
+    title: str = "",
+    mask: Tensor | None = None,
+    threshold: float | None = None,
+) -> Figure:
+    """Draw an explanation.
+
+    Args:
+        explanation (Explanation): From :func:`anomalib_cpr.explain.explain`.
+        colours (Tensor): The query in 0..1, ``(3, height, width)``.
+        pictures (Sequence[ReferencePicture]): Of its references, in order.
+        codebook (Tensor | None): Visual words; gives words that are alike colours that are alike.
+        title (str): Name of the image.
+        mask (Tensor | None): True mask, bool, ``(height, width)``.
+        threshold (float | None): Of the raw map, outlined in it.
+
+    Returns:
+        Figure: The picture.
+    """
+    with style():
+        figure = new_figure(14, 11.2)
+        parts = figure.add_gridspec(
+            4, 1, height_ratios=[4.1, 2.1, 1.25, 2.0], left=0.015, right=0.985, top=0.925, bottom=0.06, hspace=0.25
+        )
+        words = colours_of_words(codebook if codebook is not None else torch.eye(int(explanation.words.max()) + 1))
+        query, references = _draw_search(figure, parts[0], explanation, colours, pictures, mask)
+        _draw_maps(figure, parts[1], explanation, colours, mask, threshold)
+        _draw_words(figure, parts[2], explanation, pictures, words)
+        _draw_patches(figure, parts[3], explanation, colours, pictures)
+        _draw_lines(figure, query, references, explanation)
+        head = f"{title}     image score {explanation.score:.3f}"
+        if threshold is not None:
+            peak = float(explanation.anomaly_map.max())
+            head += f"     map peaks at {peak:.3f}, threshold {threshold:.3f}"
+        figure.text(0.015, 0.972, head, fontsize=13, weight="bold", va="center")
+        figure.text(0.015, 0.016, LEGEND, fontsize=7.5, color="#444444", va="center")
+        figure.text(0.015, 0.95, _summary(explanation, pictures), fontsize=9.5, color="#444444", va="center")
+    return figure
+
+
+def save_explanation(
+    explanation: Explanation,
+    colours: Tensor,
+    pictures: Sequence[ReferencePicture],
+    file: Path,
+    **options: Any,  # noqa: ANN401
+) -> None:
+    """Draw an explanation into a file; the options are those of :func:`draw_explanation`."""
+    save(draw_explanation(explanation, colours, pictures, **options), file)
+
+
+def _summary(explanation: Explanation, pictures: Sequence[ReferencePicture]) -> str:
+    nearer = f"{100 * explanation.unlike:.0f} % of the training images have a nearer neighbour than this image"
+    text = f"References: {nearer if len(explanation.usual_distances) else 'nothing to compare their distance with'}"
+    if explanation.unlike >= 0.99:
+        text += " - nothing in the gallery looks like it"
+    if any(not picture.as_trained for picture in pictures):
+        text += "     WARNING: the pictures marked with ! are not those that the model was trained on"
+    return text
+
+
+def _draw_search(
+    figure: Figure,
+    part: Any,  # noqa: ANN401 - a matplotlib SubplotSpec
+    explanation: Explanation,
+    colours: Tensor,
+    pictures: Sequence[ReferencePicture],
+    mask: Tensor | None,
+) -> tuple[Axes, list[Axes]]:
+    """Query on the left, references on the right."""
+    count = len(explanation.references)
+    columns = max(1, -(-count // 2)) if count > 5 else max(count, 1)
+    rows = -(-count // columns)
+    grid = GridSpecFromSubplotSpec(1, 2, part, width_ratios=[1.0, 2.35], wspace=0.04)
+    query = figure.add_subplot(grid[0])
+    show_colours(query, colours, "Query" + (", true defect outlined" if mask is not None and mask.any() else ""))
+    if mask is not None:
+        outline(query, mask, "#ff3b30")
+    tiles = GridSpecFromSubplotSpec(rows, columns, grid[1], wspace=0.05, hspace=0.16)
+    share = torch.bincount(torch.cat([match.reference.flatten() for match in explanation.matches]), minlength=count)
+    share = share / share.sum()
+    references = []
+    for rank, picture in enumerate(pictures):
+        axes = figure.add_subplot(tiles[rank // columns, rank % columns])
+        if picture.colours is not None:
+            show_colours(axes, picture.colours)
+        else:
+            height, width = colours.shape[-2:]
+            axes.imshow(torch.full((height, width), 0.92).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.text(width / 2, height / 2, f"{picture.name}\npicture not found", ha="center", va="center", fontsize=7)
+            bare(axes)
+        warning = "" if picture.as_trained else " !"
+        distance = explanation.histogram_distances[rank]
+        axes.set_title(f"{rank + 1}: distance {distance:.2f}, gives {100 * share[rank]:.0f} %{warning}", fontsize=8)
+        references.append(axes)
+    return query, references
+
+
+def _draw_maps(
+    figure: Figure,
+    part: Any,  # noqa: ANN401
+    explanation: Explanation,
+    colours: Tensor,
+    mask: Tensor | None,
+    threshold: float | None,
+) -> None:
+    """Fused map, distances per scale, foregrounds, and how unusual the references are."""
+    size = (colours.shape[-2], colours.shape[-1])
+    grid = GridSpecFromSubplotSpec(1, 2, part, wspace=0.15, width_ratios=[6, 1])
+    maps = GridSpecFromSubplotSpec(1, 5, grid[0], wspace=0.28)
+    axes = [*(figure.add_subplot(maps[column]) for column in range(5)), figure.add_subplot(grid[1])]
+    peak = float(explanation.anomaly_map.max())
+    top = max(peak, 2 * threshold if threshold is not None else 0.0, 1e-6)
+    show_map(axes[0], explanation.anomaly_map, "Anomaly map", (0, top))
+    if threshold is not None:
+        outline(axes[0], explanation.anomaly_map > threshold, "#56B4E9", 1.0)
+    if mask is not None:
+        outline(axes[0], mask, "white", 0.8)
+    largest = max(float(match.distance.max()) for match in explanation.matches)
+    for index, match in enumerate(explanation.matches):
+        show_map(
+            axes[1 + index], match.distance, f"Distance, stride {4 * 2**index}", (0, max(largest, 1e-6)), size=size
+        )
+    show_map(axes[3], explanation.foreground, "Foreground: query", (0, 1), colours=SHARE_COLOURS, size=size)
+    used = torch.maximum(explanation.foreground, explanation.reference_foregrounds.amax(0))
+    show_map(axes[4], used, "with references, as used", (0, 1), colours=SHARE_COLOURS, size=size)
+    for number, patch in enumerate(explanation.patches):
+        for where in axes[:5]:
+            row, column = patch.pixel
+            where.plot(column, row, "o", ms=9, mfc="none", mec=MARKS[number % len(MARKS)], mew=1.3)
+    _draw_distances(axes[5], explanation)
+
+
+def _draw_distances(axes: Axes, explanation: Explanation) -> None:
+    usual = explanation.usual_distances
+    axes.set_title("Are the references like it?")
+    if len(usual):
+        share = 100 * torch.arange(1, len(usual) + 1) / len(usual)
+        axes.fill_between(
+            usual.numpy(), share.numpy(), step="post", color="#bbbbbb", lw=0, label="nearest of a training image"
+        )
+    for rank, distance in enumerate(explanation.histogram_distances):
+        axes.axvline(distance, color="#D55E00" if rank == 0 else "#E69F00", lw=2.0 if rank == 0 else 0.8)
+    axes.plot([], [], color="#D55E00", lw=2, label="nearest of this image")
+    axes.plot([], [], color="#E69F00", lw=0.8, label="its other references")
+    axes.set_xlabel("histogram distance", labelpad=1)
+    axes.set_ylabel("% of training images below", labelpad=1)
+    axes.set_ylim(0, 105)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.legend(
+        loc="lower right",
+        fontsize=5.5,
+        frameon=True,
+        framealpha=0.85,
+        edgecolor="none",
+        handlelength=1.2,
+        borderpad=0.2,
+    )
+
+
+def _draw_words(
+    figure: Figure,
+    part: Any,  # noqa: ANN401
+    explanation: Explanation,
+    pictures: Sequence[ReferencePicture],
+    words: Any,  # noqa: ANN401 - a colour map
+) -> None:
+    """Word maps of query and references, by which the references were retrieved."""
+    grid = GridSpecFromSubplotSpec(1, 1 + len(pictures), part, wspace=0.08)
+    show_words(figure.add_subplot(grid[0]), explanation.words, words, "Visual words: query")
+    for rank, picture in enumerate(pictures):
+        axes = figure.add_subplot(grid[rank + 1])
+        if picture.words is not None:
+            show_words(axes, picture.words, words, f"reference {rank + 1}")
+        else:
+            bare(axes, f"reference {rank + 1}: not found")
+
+
+def _draw_patches(
+    figure: Figure,
+    part: Any,  # noqa: ANN401
+    explanation: Explanation,
+    colours: Tensor,
+    pictures: Sequence[ReferencePicture],
+) -> None:
+    """Each hot patch beside its match, and its distance to every reference."""
+    columns = max(PATCHES, len(explanation.patches))
+    grid = GridSpecFromSubplotSpec(1, columns, part, wspace=0.1)
+    largest = max((max(s.per_reference + s.on_good_parts) for p in explanation.patches for s in p.scales), default=1.0)
+    for number, patch in enumerate(explanation.patches):
+        colour = MARKS[number % len(MARKS)]
+        block = GridSpecFromSubplotSpec(2, 1, grid[number], height_ratios=[0.42, 1], hspace=0.03)
+        text = figure.add_subplot(block[0])
+        bare(text)
+        text.set(xlim=(0, 1), ylim=(0, 1))
+        text.text(0, 0.95, f"{number + 1}  {CAUSES[patch.cause]}", fontsize=9.5, weight="bold", va="top")
+        text.text(0, 0.52, _numbers(patch), fontsize=7.2, color="#333333", va="top", linespacing=1.25)
+        row = GridSpecFromSubplotSpec(1, 3, block[1], width_ratios=[1, 1, 1.15], wspace=0.07)
+        own, other, dots = (figure.add_subplot(row[index]) for index in range(3))
+        scale = patch.scales[0]
+        picture = pictures[scale.reference]
+        show_colours(own, _crop(colours, _centre(scale.cell)))
+        if picture.colours is not None:
+            show_colours(other, _crop(picture.colours, _centre(scale.match)))
+        for axes, name in ((own, "query"), (other, f"reference {scale.reference + 1}")):
+            axes.set(xticks=[], yticks=[], anchor="N")
+            axes.set_xlabel(name, fontsize=7.5, labelpad=2)
+            for spine in axes.spines.values():
+                spine.set(visible=True, edgecolor=colour, linewidth=2)
+        _draw_dots(dots, patch, largest, colour)
+
+
+def _numbers(patch: HotPatch) -> str:
+    good = [sum(parts) for parts in zip(*(scale.on_good_parts for scale in patch.scales), strict=True)]
+    usual = f", good parts at most {max(good):.3f}" if good else ""
+    return (
+        f"distance {sum(scale.distance for scale in patch.scales):.3f}{usual}; map {patch.value:.3f}\n"
+        f"foreground {patch.own_foreground:.2f}, on the references {patch.reference_foreground:.2f}"
+    )
+
+
+def _draw_dots(axes: Axes, patch: HotPatch, largest: float, colour: str) -> None:
+    """Distance of the patch to every reference, over the band in which good parts lie at this place."""
+    for index, (scale, marker) in enumerate(zip(patch.scales, ("o", "s"), strict=True)):
+        ranks = range(1, len(scale.per_reference) + 1)
+        if scale.on_good_parts:
+            axes.axhspan(
+                min(scale.on_good_parts), max(scale.on_good_parts), color="#999999", alpha=0.25 + 0.2 * index, lw=0
+            )
+        axes.plot(
+            ranks,
+            scale.per_reference,
+            marker,
+            ms=4,
+            mfc=colour if index == 0 else "none",
+            mec="#333333",
+            mew=0.6,
+        )
+        axes.plot(scale.reference + 1, scale.distance, marker, ms=8, mfc="none", mec="black", mew=0.9)
+    axes.set_ylim(-0.02 * largest, 1.08 * largest)
+    axes.set_xlim(0.3, len(patch.scales[0].per_reference) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.yaxis.tick_right()
+    axes.spines["left"].set_visible(False)
+    axes.spines["right"].set_visible(True)
+    axes.set_xlabel("distance to each reference", fontsize=7, labelpad=1)
+    axes.tick_params(labelsize=6, pad=1, length=2)
+
+
+def _draw_lines(figure: Figure, query: Axes, references: Sequence[Axes], explanation: Explanation) -> None:
+    """From every hot patch to its match: at stride 4 a full line, at stride 8 a dotted one."""
+    for number, patch in enumerate(explanation.patches):
+        colour = MARKS[number % len(MARKS)]
+        for index, scale in enumerate(patch.scales):
+            side = 4 * 2**index
+            start, end = _centre(scale.cell, side), _centre(scale.match, side)
+            line = ConnectionPatch(
+                xyA=(start[1], start[0]),
+                coordsA=query.transData,
+                xyB=(end[1], end[0]),
+                coordsB=references[scale.reference].transData,
+                color=colour,
+                lw=1.5 if index == 0 else 1.0,
+                linestyle="-" if index == 0 else (0, (1.2, 1.8)),
+                alpha=0.9,
+            )
+            figure.add_artist(line)
+            for axes, (row, column) in ((query, start), (references[scale.reference], end)):
+                reach = (16 if axes is query else 10) * 0.5 * (1 + index)
+                axes.add_patch(
+                    Rectangle((column - reach, row - reach), 2 * reach, 2 * reach, fill=False, ec=colour, lw=1.5)
+                )
+        row, column = _centre(patch.scales[0].cell)
+        query.annotate(
+            str(number + 1),
+            (column, row),
+            xytext=(-11, 11),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            weight="bold",
+            bbox={"boxstyle": "circle,pad=0.2", "fc": colour, "ec": "black", "lw": 0.6},
+            zorder=10,
+        )
+
+
+def _centre(cell: tuple[int, int], side: int = 4) -> tuple[float, float]:
+    """Pixel at the middle of a cell."""
+    return (cell[0] + 0.5) * side - 0.5, (cell[1] + 0.5) * side - 0.5
+
+
+def _crop(colours: Tensor, centre: tuple[float, float]) -> Tensor:
+    """Square around a pixel, moved inwards where it would leave the image."""
+    height, width = colours.shape[-2:]
+    side = max(8, int(CROP * min(height, width)))
+    top = min(max(0, round(centre[0]) - side // 2), height - side)
+    left = min(max(0, round(centre[1]) - side // 2), width - side)
+    return colours[:, top : top + side, left : left + side]
+
+
+class ExplanationVisualizer(ImageVisualizer):
+    """anomalib's pictures, and beside them, in ``explanations/``, one that explains each decision of Cpr.
+
+    Drawing takes a second or two per image.
+
+    Args:
+        limit (int | None): Explain at most so many images; None explains all.
+        patches (int): Hot patches to follow in each image.
+        train_images (str | Path | None): Folder of the training images, if they are no longer where they were.
+        output_dir (str | Path | None): Folder of all pictures; by default the run's ``images``.
+
+    Example:
+        In a configuration of ``anomalib test``::
+
+            model:
+              class_path: Cpr
+              init_args:
+                visualizer:
+                  class_path: anomalib_cpr.explain_picture.ExplanationVisualizer
+    """
+
+    def __init__(
+        self,
+        limit: int | None = None,
+        patches: int = PATCHES,
+        train_images: str | Path | None = None,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(output_dir=output_dir)
+        self.limit = limit
+        self.patches = patches
+        self.train_images = Path(train_images) if train_images is not None else None
+        self._explained = 0
+        self._files: list[Path | None] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the pictures of the gallery."""
+        self._start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the pictures of the gallery."""
+        self._start(trainer, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,  # noqa: ANN401 - anomalib's signature
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw anomalib's pictures and the explanations of a batch."""
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        module = cast("Cpr", pl_module)
+        for index in range(len(batch.image)):
+            if self.limit is not None and self._explained >= self.limit:
+                return
+            self._explained += 1
+            self._explain(trainer, module, batch, index)
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, Cpr):
+            raise TypeError(f"ExplanationVisualizer explains Cpr; {type(module).__name__} works otherwise.")
+        self._explained = 0
+        paths = module.training_paths
+        if not paths:  # a checkpoint that does not name them; the data module may
+            samples = getattr(getattr(getattr(trainer, "datamodule", None), "train_data", None), "samples", None)
+            paths = [] if samples is None else [str(path) for path in samples["image_path"]]
+        reader = ImageReader(module.pre_processor, module.device)
+        self._files = identify_gallery(module.model, reader, find_training_images(paths, self.train_images))
+
+    def _explain(self, trainer: Trainer, module: Cpr, batch: ImageBatch, index: int) -> None:
+        image = cast("Tensor", batch.image)[index : index + 1]
+        reader = ImageReader(module.pre_processor, image.device)
+        explanation = explain(module.model, image.as_subclass(Tensor), self.patches)
+        masks = batch.gt_mask
+        source = batch.image_path[index] if batch.image_path is not None else f"{self._explained:04}.png"
+        datamodule = getattr(trainer, "datamodule", None)
+        file = generate_output_filename(
+            input_path=source,
+            output_path=Path(str(self.output_dir)) / "explanations",
+            dataset_name=getattr(datamodule, "name", None),
+            category=getattr(datamodule, "category", None),
+        )
+        save_explanation(
+            explanation,
+            reader.denormalize(image[0].as_subclass(Tensor)),
+            reference_pictures(module.model, reader, self._files, explanation.references),
+            Path(file).with_suffix(".png"),
+            codebook=module.model.global_retriever.codebook,
+            title="/".join(Path(source).parts[-3:]),
+            mask=masks[index].as_subclass(Tensor).reshape(image.shape[-2:]).bool().cpu() if masks is not None else None,
+            threshold=pixel_threshold(module),
+        )

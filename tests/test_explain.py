@@ -1,0 +1,262 @@
+"""What an explanation says is what the model does."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from conftest import draw, write_mvtec
+from matplotlib.figure import Figure
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.cli import main
+from anomalib_cpr.explain import (
+    ImageReader,
+    best_match,
+    explain,
+    find_training_images,
+    identify_gallery,
+    load,
+    peaks,
+    reference_pictures,
+    usual_distances,
+)
+from anomalib_cpr.explain_picture import ExplanationVisualizer, draw_explanation
+from anomalib_cpr.global_retrieval import histogram_distance
+from anomalib_cpr.matching import match
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained model: folder, data module, checkpoint, module."""
+    from conftest import TINY_BACKBONE
+
+    from anomalib_cpr import Cpr
+
+    folder = tmp_path_factory.mktemp("explained")
+    root = write_mvtec(folder / "data", train=6, test=2)
+    datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
+    arguments = {**TINY_BACKBONE, "descriptor_channels": 8, "k": 3}
+    module = Cpr(**arguments, pre_processor=Cpr.configure_pre_processor((64, 64)))
+    engine = Engine(max_steps=2, default_root_dir=folder / "run", enable_progress_bar=False)
+    engine.fit(module, datamodule=datamodule)
+    checkpoint = folder / "model.ckpt"
+    engine.trainer.save_checkpoint(checkpoint)
+    return folder, datamodule, checkpoint, load(checkpoint, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def query(run):
+    module = run[3]
+    reader = ImageReader(module.pre_processor, module.device)
+    colours = reader.colours(run[0] / "data" / "screw" / "test" / "scratch" / "000.png")
+    return colours, reader.normalize(colours)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window", "k"),
+    [
+        (5, 7, 3, 4),
+        (4, 4, 1, 1),  # no window, one reference
+        (2, 6, 5, 2),  # window reaches beyond both sides
+        (1, 1, 3, 3),  # a single cell
+    ],
+)
+def test_best_match_is_the_minimum_that_matching_finds_and_lies_where_it_says(height, width, window, k):
+    generator = torch.Generator().manual_seed(height * width)
+    gallery = F.normalize(torch.randn(6, 5, height, width, generator=generator), dim=1)
+    query = F.normalize(torch.randn(5, height, width, generator=generator), dim=0)
+    references = torch.randperm(6, generator=generator)[:k]
+
+    found = best_match(query, gallery[references], window)
+
+    expected = match(query[None], gallery, references[None], window)[0, 0]
+    torch.testing.assert_close(found.distance, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.per_reference.amin(0), found.distance)
+    for row in range(height):
+        for column in range(width):
+            own, down, right = (int(value[row, column]) for value in (found.reference, found.row, found.column))
+            assert 0 <= down < height
+            assert 0 <= right < width
+            assert max(abs(down - row), abs(right - column)) <= window // 2
+            there = gallery[references[own], :, down, right]
+            distance = 1 - float(there @ query[:, row, column])
+            assert distance == pytest.approx(float(found.distance[row, column]), abs=1e-5)
+
+
+def test_peaks_are_the_largest_apart_and_not_faint():
+    anomaly_map = torch.zeros(60, 60)
+    anomaly_map[10, 10], anomaly_map[11, 11], anomaly_map[40, 50], anomaly_map[50, 5] = 1.0, 0.95, 0.6, 0.3
+
+    assert peaks(anomaly_map, 4) == [(10, 10), (40, 50)]  # (11, 11) is the same place, (50, 5) below 40 %
+    assert peaks(anomaly_map, 1) == [(10, 10)]
+    assert peaks(torch.zeros(8, 8), 4) == []
+
+
+def test_explanation_is_made_of_what_the_model_predicts(run, query):
+    model = run[3].model
+    prediction = model(query[1])
+    found = explain(model, query[1])
+
+    assert found.score == pytest.approx(float(prediction.pred_score), abs=1e-6)
+    torch.testing.assert_close(found.anomaly_map, prediction.anomaly_map[0, 0])
+    # The parts that are drawn give the map that the model gives.
+    foreground = torch.maximum(found.foreground, found.reference_foregrounds.amax(0))
+    again, score = model.scorer([m.distance[None, None] for m in found.matches], foreground[None, None], (64, 64))
+    torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
+    assert float(score) == pytest.approx(found.score, abs=1e-5)
+
+
+def test_references_are_in_order_with_the_distances_of_retrieval(run, query):
+    model = run[3].model
+    found = explain(model, query[1])
+    histograms = model.global_retriever(model.feature_extractor(query[1])[0])
+    distances = histogram_distance(histograms, model.bank.histograms)[0]
+    assert found.references == distances.argsort()[:3].tolist()
+    assert found.histogram_distances == pytest.approx(distances.sort().values[:3].tolist(), abs=1e-5)
+
+
+def test_usual_distances_leave_out_the_image_itself():
+    histograms = torch.rand(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    distances = histogram_distance(histograms, histograms).fill_diagonal_(float("inf"))
+    torch.testing.assert_close(usual_distances(histograms), distances.amin(1).sort().values)
+    assert len(usual_distances(histograms[:1])) == 0
+
+
+def test_a_hot_patch_is_followed_to_the_match_of_its_cell(run, query):
+    found = explain(run[3].model, query[1], patches=2)
+    assert 1 <= len(found.patches) <= 2
+    assert found.patches[0].value == pytest.approx(float(found.anomaly_map.max()))
+    for patch in found.patches:
+        for level, (scale, match_) in enumerate(zip(patch.scales, found.matches, strict=True)):
+            assert scale.distance == pytest.approx(float(match_.distance[scale.cell]))
+            assert scale.match == (int(match_.row[scale.cell]), int(match_.column[scale.cell]))
+            assert min(scale.per_reference) == pytest.approx(scale.distance, abs=1e-6)
+            side = 4 * 2**level
+            assert abs(scale.cell[0] * side - patch.pixel[0]) <= 16
+        assert patch.cause in {"background", "references", "usual", "unmatched"}
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "good", "unlike", "cause"),
+    [
+        (0.1, 0.9, [0.1], 0.5, "background"),
+        (0.9, 0.9, [0.5], 0.5, "usual"),  # good parts differ as much here
+        (0.9, 0.9, [0.1], 1.0, "references"),
+        (0.9, 0.9, [0.1], 0.5, "unmatched"),
+        (0.9, 0.9, [], 0.0, "unmatched"),  # a gallery of one image
+    ],
+)
+def test_cause(own, others, good, unlike, cause):
+    from anomalib_cpr.explain import PatchAtScale, _judge
+
+    scales = [PatchAtScale((0, 0), (0, 0), 0, 0.25, [0.25], good)] * 2
+    assert _judge(scales, own, others, unlike)[0] == cause
+
+
+def test_more_than_one_image_is_refused(run):
+    with pytest.raises(ValueError, match="one image at a time"):
+        explain(run[3].model, torch.zeros(2, 3, 64, 64))
+
+
+# --- pictures of the references
+
+
+def test_a_checkpoint_knows_its_training_images(run):
+    module = run[3]
+    files = find_training_images(module.training_paths)
+    assert [file.name for file in files] == [f"{index:03}.png" for index in range(6)]
+    reader = ImageReader(module.pre_processor, module.device)
+    assert all(picture.as_trained for picture in reference_pictures(module.model, reader, files, range(6)))
+
+
+def test_pictures_of_other_images_are_told(run, tmp_path):
+    module = run[3]
+    for index in range(6):
+        image = np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / f"{index:03}.png"), image)
+    reader = ImageReader(module.pre_processor, module.device)
+    files = find_training_images(module.training_paths, tmp_path)
+    assert not any(picture.as_trained for picture in reference_pictures(module.model, reader, files, range(6)))
+
+
+def test_files_that_are_gone_have_no_picture(run):
+    module = run[3]
+    files = find_training_images(["/nowhere/000.png"] * 6)
+    reader = ImageReader(module.pre_processor, module.device)
+    assert [p.colours for p in reference_pictures(module.model, reader, files, [0, 1])] == [None, None]
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        find_training_images([], run[0] / "nowhere")
+
+
+def test_a_reduced_gallery_is_recognised_by_its_histograms(run):
+    module = run[3]
+    reader = ImageReader(module.pre_processor, module.device)
+    files = find_training_images(module.training_paths)
+    bank = module.model.bank
+    whole = bank.histograms
+    try:
+        bank.histograms = whole[[4, 1]]
+        assert [file.name for file in identify_gallery(module.model, reader, files)] == ["004.png", "001.png"]
+    finally:
+        bank.histograms = whole
+
+
+# --- drawing, command, visualizer
+
+
+def test_picture_is_drawn_with_and_without_references(run, query):
+    module = run[3]
+    found = explain(module.model, query[1])
+    reader = ImageReader(module.pre_processor, module.device)
+    for files in ([None] * 6, find_training_images(module.training_paths)):
+        pictures = reference_pictures(module.model, reader, files, found.references)
+        mask = torch.zeros(64, 64, dtype=torch.bool)
+        mask[20:30, 20:30] = True
+        assert isinstance(draw_explanation(found, query[0], pictures, mask=mask, threshold=0.1), Figure)
+
+
+def test_command_writes_a_picture_per_image_and_says_why(run, tmp_path, capsys):
+    folder, checkpoint = run[0], run[2]
+    code = main(
+        ["explain", "--ckpt", str(checkpoint), str(folder / "data" / "screw" / "test"), "-o", str(tmp_path / "out")]
+    )
+    assert code == 0
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["test_good_000.png", "test_good_001.png", "test_scratch_000.png", "test_scratch_001.png"]
+    picture = cv2.imread(str(tmp_path / "out" / names[0]))
+    assert picture.shape == (1120, 1400, 3)
+    assert picture.std() > 20  # something is drawn
+    output = capsys.readouterr().out
+    assert "score 0." in output
+    assert "  1. " in output
+
+
+def test_command_takes_grey_images_and_other_sizes(run, tmp_path, capsys):
+    image = cv2.cvtColor(draw(np.random.default_rng(1), 100, defect=True)[0], cv2.COLOR_BGR2GRAY)
+    cv2.imwrite(str(tmp_path / "grey.png"), image[:80])
+    main(["explain", "--ckpt", str(run[2]), str(tmp_path / "grey.png"), "-o", str(tmp_path / "out")])
+    assert "grey.png: score" in capsys.readouterr().out
+
+
+def test_errors_name_what_is_wrong(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        main(["explain", "--ckpt", str(tmp_path / "nothing.ckpt"), str(run[0] / "data")])
+    with pytest.raises(FileNotFoundError, match="no images"):
+        main(["explain", "--ckpt", str(run[2]), str(tmp_path)])
+
+
+def test_visualizer_explains_during_a_test(run, tmp_path):
+    _, datamodule, checkpoint, _ = run
+    from anomalib_cpr import Cpr
+
+    module = Cpr.load_from_checkpoint(checkpoint, map_location="cpu")
+    module.visualizer = ExplanationVisualizer(limit=3, output_dir=tmp_path / "images")
+    engine = Engine(default_root_dir=tmp_path / "run", enable_progress_bar=False)
+    engine.test(module, datamodule=datamodule, verbose=False)
+    explained = sorted((tmp_path / "images" / "explanations").rglob("*.png"))
+    usual = [file for file in (tmp_path / "images").rglob("*.png") if "explanations" not in file.parts]
+    assert len(explained) == 3
+    assert len(usual) == 4
+    assert cv2.imread(str(explained[0])).shape == (1120, 1400, 3)
