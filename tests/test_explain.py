@@ -6,6 +6,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, Evaluator
 from conftest import draw, write_mvtec
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
@@ -38,7 +39,9 @@ def run(tmp_path_factory):
     root = write_mvtec(folder / "data", train=6, test=2)
     datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
     arguments = {**TINY_BACKBONE, "descriptor_channels": 8, "k": 3}
-    module = Cpr(**arguments, pre_processor=Cpr.configure_pre_processor((64, 64)))
+    # A metric with a buffer, which a model without this evaluator does not have.
+    evaluator = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])
+    module = Cpr(**arguments, pre_processor=Cpr.configure_pre_processor((64, 64)), evaluator=evaluator)
     engine = Engine(max_steps=2, default_root_dir=folder / "run", enable_progress_bar=False)
     engine.fit(module, datamodule=datamodule)
     checkpoint = folder / "model.ckpt"
