@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -394,6 +395,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, devices: Sequence[str], minutes:
     total, done = len(waiting), 0
     free, running = deque(devices), list[_Running]()
     taken: dict[str, list[float]] = {}
+    if threading.current_thread() is threading.main_thread():  # a scheduler's end signal is an interruption like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             while waiting and free:

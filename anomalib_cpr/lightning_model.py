@@ -452,7 +452,7 @@ class Cpr(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was decided in training."""
         super().on_load_checkpoint(checkpoint)
-        # Some metrics keep settings among the weights; without the evaluator they belong to, strict loading would refuse.
+        # Some metrics keep settings among the weights; strict loading would refuse them without their evaluator.
         held = self.state_dict().keys()
         for key in [key for key in checkpoint["state_dict"] if key.startswith("evaluator.") and key not in held]:
             del checkpoint["state_dict"][key]

@@ -650,6 +650,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         benchmark = load(arguments.folders)
+        if arguments.without_images:
+            benchmark.thumbnails.clear()
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
     for file in write(benchmark, arguments.output or arguments.folders[0]):

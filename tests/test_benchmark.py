@@ -113,7 +113,7 @@ def test_a_failed_job_says_why_and_stops_nobody(finished):
 def test_finished_jobs_are_not_run_again_and_failed_ones_only_if_asked(finished, monkeypatch, capsys):
     folder, file, _ = finished
 
-    def refuse(*args):
+    def refuse(*_):
         raise AssertionError("a job was started")
 
     monkeypatch.setattr(benchmark, "_Running", refuse)
@@ -181,7 +181,8 @@ def test_time_limit_ends_a_job_and_all_that_it_started(tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tmp_path, name):
     content = configuration(write_mvtec(tmp_path / "data"))
     content["models"][0]["trainer"] = {"max_steps": 100_000}
     content["models"] = [content["models"][2], content["models"][0]]  # one that fails at once, one that never ends
@@ -194,12 +195,12 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tmp_path):
     deadline = time.monotonic() + 120
     while len(list(log.glob("*CPR*"))) == 0 and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "1 jobs of this run are kept, 1 are to do" in output
     assert [json.loads(f.read_text())["status"] for f in (tmp_path / "out" / "jobs").iterdir()] == ["failed"]
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    running = subprocess.run(["/bin/ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in running
 
 
@@ -240,7 +241,7 @@ def test_jobs_of_several_devices_run_at_the_same_time(tmp_path, monkeypatch):
             running.discard(self.device)
 
     monkeypatch.setattr(benchmark, "_Running", Fake)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     assert run_jobs(jobs, tmp_path, ["0", "1"], 1) == 1
     assert max(most) == 2
     assert [name for name, _ in started] == [job.name for job in jobs]

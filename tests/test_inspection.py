@@ -67,7 +67,7 @@ def test_nothing_is_trained_and_the_module_can_be_trained_afterwards(tiny_model,
 
 def test_options_win_over_the_file(configuration, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(inspection, "inspect", lambda module, data, folder, device: seen.update(m=module, d=data) or [])
+    monkeypatch.setattr(inspection, "inspect", lambda module, data, *_: seen.update(m=module, d=data) or [])
     root = write_mvtec(tmp_path / "other", category="nut")
     inspect("-c", configuration, "--root", root, "--category", "nut", "--kind", "texture")
     assert isinstance(seen["m"], Cpr)
