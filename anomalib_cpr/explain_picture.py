@@ -76,7 +76,7 @@ def draw_explanation(
     with style():
         figure = new_figure(14, 11.2)
         parts = figure.add_gridspec(
-            4, 1, height_ratios=[4.1, 2.1, 1.25, 2.0], left=0.015, right=0.985, top=0.925, bottom=0.06, hspace=0.25
+            4, 1, height_ratios=[4.1, 2.1, 1.25, 2.0], left=0.015, right=0.973, top=0.925, bottom=0.06, hspace=0.25
         )
         words = colours_of_words(codebook if codebook is not None else torch.eye(int(explanation.words.max()) + 1))
         query, references = _draw_search(figure, parts[0], explanation, colours, pictures, mask)
