@@ -7,13 +7,16 @@ import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
-from conftest import draw, write_mvtec
+from conftest import TINY_BACKBONE, draw, write_mvtec
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cpr import Cpr
 from anomalib_cpr.cli import main
 from anomalib_cpr.explain import (
     ImageReader,
+    PatchAtScale,
+    _judge,
     best_match,
     explain,
     find_training_images,
@@ -31,10 +34,6 @@ from anomalib_cpr.matching import match
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A trained model: folder, data module, checkpoint, module."""
-    from conftest import TINY_BACKBONE
-
-    from anomalib_cpr import Cpr
-
     folder = tmp_path_factory.mktemp("explained")
     root = write_mvtec(folder / "data", train=6, test=2)
     datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
@@ -152,8 +151,6 @@ def test_a_hot_patch_is_followed_to_the_match_of_its_cell(run, query):
     ],
 )
 def test_cause(own, others, good, unlike, cause):
-    from anomalib_cpr.explain import PatchAtScale, _judge
-
     scales = [PatchAtScale((0, 0), (0, 0), 0, 0.25, [0.25], good)] * 2
     assert _judge(scales, own, others, unlike)[0] == cause
 
@@ -252,8 +249,6 @@ def test_errors_name_what_is_wrong(run, tmp_path):
 
 def test_visualizer_explains_during_a_test(run, tmp_path):
     _, datamodule, checkpoint, _ = run
-    from anomalib_cpr import Cpr
-
     module = Cpr.load_from_checkpoint(checkpoint, map_location="cpu")
     module.visualizer = ExplanationVisualizer(limit=3, output_dir=tmp_path / "images")
     engine = Engine(default_root_dir=tmp_path / "run", enable_progress_bar=False)
@@ -263,3 +258,12 @@ def test_visualizer_explains_during_a_test(run, tmp_path):
     assert len(explained) == 3
     assert len(usual) == 4
     assert cv2.imread(str(explained[0])).shape == (1120, 1400, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_bank_in_fewer_bytes_is_explained_as_it_predicts(run, query, dtype):
+    module = Cpr.load_from_checkpoint(run[2], map_location="cpu", bank_dtype=dtype, evaluator=False).eval()
+    found = explain(module.model, query[1])
+    foreground = torch.maximum(found.foreground, found.reference_foregrounds.amax(0))
+    again, _ = module.model.scorer([m.distance[None, None] for m in found.matches], foreground[None, None], (64, 64))
+    torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-4, rtol=0)
