@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 PATCHES = 4
 # A further hot patch is shown if it is at least so hot, compared with the hottest.
 LEAST_SHARE = 0.4
+# A distance up to so many times the largest of good parts at the same place is called usual.
+USUAL = 1.5
 # Training images among which the usual distance to the nearest neighbour is looked up.
 SURVEYED = 512
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -349,7 +351,7 @@ def _judge(scales: Sequence[PatchAtScale], own: float, others: float, unlike: fl
     if own < 0.5:
         whose = f"only references see the part here ({others:.1f})" if others >= 0.5 else f"references {others:.1f}"
         return "background", f"background: own foreground {own:.1f}, {whose}"
-    if good and total <= 1.2 * max(good):
+    if good and total <= USUAL * max(good):
         return "usual", f"as on good parts: distance {total:.2f}, {usual}"
     if unlike >= 0.99:
         return "references", f"references differ from the image: distance {total:.2f}, {usual}"

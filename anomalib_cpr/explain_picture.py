@@ -36,7 +36,7 @@ from .pictures import word_colours as colours_of_words
 CAUSES = {
     "background": "outside the part",
     "references": "references unlike the image",
-    "usual": "no more than good parts show here",
+    "usual": "about what good parts show here",
     "unmatched": "found on no reference",
 }
 LEGEND = (
