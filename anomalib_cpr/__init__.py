@@ -11,9 +11,15 @@ from ._autoload import on_package_import
 
 __version__ = "0.1.0"
 
-__all__ = ["Cpr", "CprModel", "DrawnParts", "MVTec"]
+__all__ = ["Cpr", "CprModel", "DrawnParts", "ExplanationVisualizer", "MVTec"]
 
-_HOMES = {"Cpr": "lightning_model", "CprModel": "torch_model", "DrawnParts": "drawn_data", "MVTec": "mvtec"}
+_HOMES = {
+    "Cpr": "lightning_model",
+    "CprModel": "torch_model",
+    "DrawnParts": "drawn_data",
+    "MVTec": "mvtec",
+    "ExplanationVisualizer": "explain_visualizer",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
-from .progress import progress_bar
 from .torch_model import CprModel
-from .training_images import read_colours, split_transform
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ LEAST_SHARE = 0.4
 USUAL = 1.5
 # Training images among which the usual distance to the nearest neighbour is looked up.
 SURVEYED = 512
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -216,17 +214,16 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES) -> Explanati
     prediction = model(image)
     features = model.feature_extractor(image)
     retriever, bank = model.global_retriever, model.bank
-    histograms = retriever(features[0])
-    references = retriever.nearest(histograms, bank.histograms, model.k)[0]
-    distances = histogram_distance(histograms, bank.histograms)[0, references]
+    chosen, foregrounds = model.retrieve(features[0])
+    references = chosen[0]
+    distances = histogram_distance(retriever(features[0]), bank.histograms)[0, references]
     usual = usual_distances(bank.histograms)
 
     matches = [
         best_match(query[0], stored_descriptors(model, scale, references), window)
         for scale, (query, window) in enumerate(zip(model.describe(features), model.window_sizes, strict=True))
     ]
-    foreground = model.foreground_estimator(features[0].float())[0, 0]
-    reference_foregrounds = bank.foregrounds[references][:, 0]
+    foreground, reference_foregrounds = foregrounds[0, 0], foregrounds[0, 1:]
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
     hot = [
@@ -264,6 +261,20 @@ def stored_descriptors(model: CprModel, scale: int, images: Tensor) -> Tensor:
     if factors is not None:
         found = found * factors[images.to(factors.device)]
     return found.to(images.device)
+
+
+def foreground_in_use(explanation: Explanation) -> Tensor:
+    """Foreground by which the map was multiplied: the largest of query and references, in pixels as the scorer does it.
+
+    Args:
+        explanation (Explanation): From :func:`explain`.
+
+    Returns:
+        Tensor: Of the shape of the anomaly map.
+    """
+    foregrounds = torch.cat([explanation.foreground[None], explanation.reference_foregrounds])
+    size = (explanation.anomaly_map.shape[0], explanation.anomaly_map.shape[1])
+    return F.interpolate(foregrounds[None], size, mode="bilinear")[0].amax(0)
 
 
 def usual_distances(histograms: Tensor) -> Tensor:
@@ -356,157 +367,6 @@ def _judge(scales: Sequence[PatchAtScale], own: float, others: float, unlike: fl
     if unlike >= 0.99:
         return "references", f"references differ from the image: distance {total:.2f}, {usual}"
     return "unmatched", f"no match: distance {total:.2f}, {usual}"
-
-
-# --- pictures of the gallery, which a checkpoint names but does not hold
-
-
-def find_training_images(paths: Sequence[str], folder: Path | None = None) -> list[Path | None]:
-    """Find the files of the training images.
-
-    Args:
-        paths (Sequence[str]): Where they were when the model was trained.
-        folder (Path | None): Where they are now, if they were moved. Files are recognised by their names; where nothing
-            is known of them, all images of the folder are meant.
-
-    Returns:
-        list[Path | None]: One for each path, None where the file was not found; or the files of the folder.
-
-    Raises:
-        FileNotFoundError: If a folder is given that does not exist.
-    """
-    if folder is None:
-        return [Path(path) if Path(path).is_file() else None for path in paths]
-    by_name = {file.name: file for file in image_files(folder)}
-    return [by_name.get(Path(path).name) for path in paths] if paths else list(by_name.values())
-
-
-@torch.no_grad()
-def identify_gallery(model: CprModel, reader: "ImageReader", files: Sequence[Path | None]) -> list[Path | None]:
-    """Tell which file is which image of the gallery.
-
-    A model that keeps only some of its training images (``max_references``) does not say which; their histograms do.
-
-    Args:
-        model (CprModel): The fitted model.
-        reader (ImageReader): Of its pre-processor.
-        files (Sequence[Path | None]): Of the training images.
-
-    Returns:
-        list[Path | None]: One for each image of the gallery.
-    """
-    gallery = model.bank.histograms
-    if len(files) == len(gallery):
-        return list(files)
-    known = [file for file in files if file is not None]
-    if not known:
-        return [None] * len(gallery)
-    track = progress_bar("Looking for the references", len(known), enabled=True)
-    own = torch.cat(
-        [model.global_retriever(model.feature_extractor(reader.normalize(reader.colours(f)))[0]) for f in track(known)]
-    )
-    nearest = torch.cdist(gallery.flatten(1).float(), own.flatten(1).float(), p=1).argmin(1)
-    return [known[int(index)] for index in nearest]
-
-
-def image_files(path: Path) -> list[Path]:
-    """The image files of a folder, sorted; a file stands for itself.
-
-    Args:
-        path (Path): File or folder.
-
-    Returns:
-        list[Path]: The files.
-
-    Raises:
-        FileNotFoundError: If there is no such path, or no image in it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist.")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"There are no images in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return files
-
-
-class ImageReader:
-    """Reads image files as the model sees them.
-
-    Args:
-        pre_processor (nn.Module | None): The model's.
-        device (torch.device): Where normalised images are wanted.
-    """
-
-    def __init__(self, pre_processor: nn.Module | None, device: torch.device) -> None:
-        self.resize, self._normalize = split_transform(getattr(pre_processor, "transform", None))
-        self.device = device
-
-    def colours(self, file: Path) -> Tensor:
-        """Resized image in 0..1, ``(3, height, width)``, on the CPU."""
-        return self.resize(read_colours(file)[None])[0]
-
-    def normalize(self, colours: Tensor) -> Tensor:
-        """As the backbone expects it: ``(3, height, width)`` to ``(1, 3, height, width)``."""
-        image = colours[None].to(self.device)
-        return image if self._normalize is None else self._normalize(image)
-
-    def denormalize(self, image: Tensor) -> Tensor:
-        """Colours in 0..1 of a normalised image, ``(3, height, width)``, on the CPU."""
-        image = image.detach().float().cpu()
-        if self._normalize is not None:
-            mean, std = (torch.tensor(value)[:, None, None] for value in (self._normalize.mean, self._normalize.std))
-            image = image * std + mean
-        return image.clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class ReferencePicture:
-    """What can be shown of a reference.
-
-    Attributes:
-        name (str): Of the file.
-        colours (Tensor | None): In 0..1, ``(3, height, width)``; None where the file was not found.
-        words (Tensor | None): Its word map.
-        as_trained (bool): Whether the picture gives the histograms that the gallery holds.
-    """
-
-    name: str
-    colours: Tensor | None = None
-    words: Tensor | None = None
-    as_trained: bool = True
-
-
-@torch.no_grad()
-def reference_pictures(
-    model: CprModel, reader: ImageReader, files: Sequence[Path | None], references: Sequence[int]
-) -> list[ReferencePicture]:
-    """Read the references, and make sure that they are the images of the training.
-
-    Args:
-        model (CprModel): The fitted model.
-        reader (ImageReader): Of its pre-processor.
-        files (Sequence[Path | None]): Of the whole gallery.
-        references (Sequence[int]): Indices into the gallery.
-
-    Returns:
-        list[ReferencePicture]: One per reference.
-    """
-    pictures = []
-    for index in references:
-        file = files[index]
-        if file is None:
-            pictures.append(ReferencePicture(name=f"training image {index}"))
-            continue
-        colours = reader.colours(file)
-        features = model.feature_extractor(reader.normalize(colours))[0].float()
-        own = model.global_retriever(features)[0]
-        # Other hardware moves a few cells to another word; another image moves most of them.
-        difference = float((own - model.bank.histograms[index].to(own)).abs().sum() / (2 * len(own)))
-        words = assign_words(features, model.global_retriever.codebook)[0].cpu()
-        pictures.append(ReferencePicture(file.name, colours, words, as_trained=difference < 0.05))
-    return pictures
 
 
 # --- command

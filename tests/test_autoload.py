@@ -96,6 +96,7 @@ def toy(tmp_path):
         "anomalib_cpr/torch_model.py": "class CprModel: ...\n",
         "anomalib_cpr/mvtec.py": "from anomalib.data import MVTecAD\nclass MVTec(MVTecAD): ...\n",
         "anomalib_cpr/drawn_data.py": "from anomalib.data import MVTecAD\nclass DrawnParts(MVTecAD): ...\n",
+        "anomalib_cpr/explain_visualizer.py": "class ExplanationVisualizer: ...\n",
     }
     for name, source in sources.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)

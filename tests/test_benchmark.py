@@ -17,7 +17,8 @@ from conftest import TINY_BACKBONE, write_mvtec
 
 from anomalib_cpr import benchmark, report
 from anomalib_cpr.benchmark import Job, estimate, find_devices, plan_jobs, read_configuration, run_jobs, status_of
-from anomalib_cpr.benchmark_job import RawPredictions, build_model, load_timm_weights
+from anomalib_cpr.benchmark_job import build_model, load_timm_weights
+from anomalib_cpr.benchmark_measuring import RawPredictions
 from anomalib_cpr.cli import main
 
 PROJECT = Path(__file__).parents[1]

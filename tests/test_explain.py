@@ -11,22 +11,20 @@ from conftest import TINY_BACKBONE, draw, write_mvtec
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr import Cpr
+from anomalib_cpr import Cpr, ExplanationVisualizer
 from anomalib_cpr.cli import main
 from anomalib_cpr.explain import (
-    ImageReader,
     PatchAtScale,
     _judge,
     best_match,
     explain,
-    find_training_images,
-    identify_gallery,
+    foreground_in_use,
     load,
     peaks,
-    reference_pictures,
     usual_distances,
 )
-from anomalib_cpr.explain_picture import ExplanationVisualizer, draw_explanation
+from anomalib_cpr.explain_picture import draw_explanation
+from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, identify_gallery, reference_pictures
 from anomalib_cpr.global_retrieval import histogram_distance
 from anomalib_cpr.matching import match
 
@@ -104,8 +102,8 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     assert found.score == pytest.approx(float(prediction.pred_score), abs=1e-6)
     torch.testing.assert_close(found.anomaly_map, prediction.anomaly_map[0, 0])
     # The parts that are drawn give the map that the model gives.
-    foreground = torch.maximum(found.foreground, found.reference_foregrounds.amax(0))
-    again, score = model.scorer([m.distance[None, None] for m in found.matches], foreground[None, None], (64, 64))
+    foregrounds = torch.cat([found.foreground[None], found.reference_foregrounds])
+    again, score = model.scorer([m.distance[None, None] for m in found.matches], foregrounds[None], (64, 64))
     torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
     assert float(score) == pytest.approx(found.score, abs=1e-5)
 
@@ -264,6 +262,7 @@ def test_visualizer_explains_during_a_test(run, tmp_path):
 def test_a_bank_in_fewer_bytes_is_explained_as_it_predicts(run, query, dtype):
     module = Cpr.load_from_checkpoint(run[2], map_location="cpu", bank_dtype=dtype, evaluator=False).eval()
     found = explain(module.model, query[1])
-    foreground = torch.maximum(found.foreground, found.reference_foregrounds.amax(0))
-    again, _ = module.model.scorer([m.distance[None, None] for m in found.matches], foreground[None, None], (64, 64))
+    again, _ = module.model.scorer(
+        [m.distance[None, None] for m in found.matches], foreground_in_use(found)[None, None], (64, 64)
+    )
     torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-4, rtol=0)

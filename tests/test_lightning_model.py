@@ -307,6 +307,7 @@ def test_auto_decides_for_unknown_data(engine, tiny_model, tmp_path, category, k
     data = Folder(
         name="screw", root=tmp_path, normal_dir="good", normal_split_ratio=0.34, num_workers=0, train_batch_size=2
     )
+    seed_everything(0, verbose=False)
     model = tiny_model(image_size=(128, 128))
     engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
     assert model.resolved_kind == kind
