@@ -25,12 +25,13 @@ from .feature_extractor import checked_size
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
+from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
 from .reference_bank import BankDtype
 from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training import TrainingData, draw_image_pairs, step_precision, training_autocast, training_loss
-from .training_images import TrainingImages, load_training_images
+from .training_images import TrainingImages, load_training_images, split_transform
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
 
 logger = logging.getLogger(__name__)
@@ -68,11 +69,17 @@ class Cpr(AnomalibModule):
             the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
         anomaly_source_path (str | Path | None): Folder of texture images (e.g. DTD) for synthetic anomalies. None
             draws procedural textures.
+        known_anomalies (int | Sequence[int] | str | Path | None): A few real defects to learn from as well: a folder of
+            images, or indices into the data module's test set, or a number, for so many of its defects chosen by
+            chance. What is taken from the test set leaves it, now and whenever the checkpoint is tested.
+        known_anomaly_masks (str | Path | None): Folder of masks with the names of the images in the folder
+            ``known_anomalies``. None: its neighbour ``masks``.
         training_steps (int | None): Steps if the trainer sets no limit. None means the paper's number.
         learning_rate (float): Of AdamW.
         weight_decay (float): Of AdamW.
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
+        eight_bit_training (bool): Round the colours of training pairs to 8 bits, as the paper's image files did.
         training_precision (Literal["auto", "float32", "bfloat16"]): Of backbone and heads in training steps; codebook,
             bank and inference stay in float32. ``auto`` takes bfloat16 where the device computes with it.
         image_size (Sequence[int] | int | None): Height and width to which the default pre-processor resizes, in pixels,
@@ -114,11 +121,14 @@ class Cpr(AnomalibModule):
         bank_on_host: bool = False,
         kind: Literal["object", "texture", "auto"] = "auto",
         anomaly_source_path: str | Path | None = None,
+        known_anomalies: int | Sequence[int] | str | Path | None = None,
+        known_anomaly_masks: str | Path | None = None,
         training_steps: int | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
+        eight_bit_training: bool = False,
         training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
         image_size: Sequence[int] | int | None = None,
         resume_point_minutes: float = 10.0,
@@ -158,11 +168,14 @@ class Cpr(AnomalibModule):
         )
         self.kind = kind
         self.anomaly_source_path = anomaly_source_path
+        self.known_anomalies = known_anomalies
+        self.known_anomaly_masks = known_anomaly_masks
         self.training_steps = training_steps
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.learning_rate_schedule = learning_rate_schedule
         self.warm_up_steps = warm_up_steps
+        self.eight_bit_training = eight_bit_training
         self.training_precision = training_precision
         self.resume_point_minutes = resume_point_minutes
 
@@ -170,6 +183,8 @@ class Cpr(AnomalibModule):
         self.seed: int | None = None
         self.training_paths: list[str] = []
         self.saves_bank = True
+        self.held_out: list[str] = []
+        self._known: tuple[Tensor, Tensor] | None = None
         self._training_data: TrainingData | None = None
         self._described: tuple[Tensor, Tensor] | None = None  # histograms and foregrounds of all training images
         self._trained_on: int | None = None
@@ -237,6 +252,63 @@ class Cpr(AnomalibModule):
 
     # --- before the first step
 
+    def setup(self, stage: str) -> None:
+        """Read known anomalies, and keep them out of what is measured.
+
+        Args:
+            stage (str): Of the trainer.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.known_anomalies is not None:
+            self._read_known(datamodule)
+        if stage != "predict":
+            self._hold_out(datamodule)
+
+    def _read_known(self, datamodule: Any) -> None:  # noqa: ANN401
+        known, (transform, _) = self.known_anomalies, split_transform(getattr(self.pre_processor, "transform", None))
+        if isinstance(known, (str, Path)):
+            images, masks, paths = read_folder(known, self.known_anomaly_masks, transform)
+            paths = in_test_set(datamodule, paths)
+        else:
+            if getattr(datamodule, "test_data", None) is None:
+                raise ValueError(
+                    f"known_anomalies={known!r} means images of the data module's test set, but there is none. "
+                    "Pass a data module to the Engine, or give a folder."
+                )
+            give_back(datamodule)
+            images, masks, paths = read_from_test_set(datamodule.test_data, known, transform)  # type: ignore[arg-type]
+        self._known, self.held_out = (images, masks), paths
+        rank_zero_info(f"Known anomalies: {len(images)}.")
+
+    def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401
+        if self.held_out and datamodule is not None:
+            count = hold_out(datamodule, self.held_out)
+            rank_zero_info(f"{count} of {len(self.held_out)} known anomalies are held out of validation and test.")
+
+    def _give_back(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            give_back(datamodule)
+
+    def _describe_known(self, images: TrainingImages) -> KnownAnomalies | None:
+        if self._known is None:
+            return None
+        known, masks = self._known
+        if known.shape[1:] != images.images.shape[1:]:
+            raise ValueError(
+                f"Known anomalies are {known.shape[-2]}x{known.shape[-1]} pixels after pre-processing, training images "
+                f"{images.size[0]}x{images.size[1]}. Let the pre-processor resize them."
+            )
+        model = self.model
+        histograms, foregrounds = [], []
+        with torch.no_grad():
+            for batch in known.split(self._preparation_batch):
+                features = model.feature_extractor(images.normalize(batch.to(self.device)))[0].float()
+                histograms.append(model.global_retriever(features))
+                foregrounds.append(model.foreground_estimator(features))
+        neighbours = model.global_retriever.nearest(torch.cat(histograms), model.bank.histograms, model.k)
+        return KnownAnomalies(known, masks, torch.cat(foregrounds), neighbours.cpu())
+
     def on_fit_start(self) -> None:
         """Read the images, learn codebook and foreground, and find the neighbours; skip what a checkpoint holds."""
         resumed = self.trainer.ckpt_path is not None and self.model.global_retriever.is_fitted
@@ -266,7 +338,9 @@ class Cpr(AnomalibModule):
             self.model.bank.histograms, self.model.bank.histograms, self.model.k, exclude_self=True
         )
         assert self.resolved_kind is not None  # noqa: S101 - narrows the type: decided above or in the checkpoint
-        self._training_data = TrainingData(images, neighbours.cpu(), self.resolved_kind)
+        self._training_data = TrainingData(
+            images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
+        )
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
@@ -445,6 +519,8 @@ class Cpr(AnomalibModule):
             for name, buffer in self.model.bank.named_buffers():
                 checkpoint["state_dict"][f"model.bank.{name}"] = buffer
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
+        if self.held_out:
+            checkpoint["cpr"]["held_out"] = self.held_out
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -463,20 +539,28 @@ class Cpr(AnomalibModule):
                 "Upgrade anomalib_cpr."
             )
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
+        self.held_out = own.get("held_out", self.held_out)
+        # The trainer reads a checkpoint after `setup`, but before it asks for data.
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and not trainer.predicting:
+            self._hold_out(getattr(trainer, "datamodule", None))
         self._trained_on = own.get("training_images")
         self.training_paths = list(own.get("training_paths", []))
 
     def teardown(self, stage: str) -> None:
-        """Free the training images and leave the trainer as it was."""
+        """Free the training images and leave trainer and data module as they were."""
+        self._give_back()
         if stage == "fit":
             self.end_fit()
 
     def end_fit(self) -> None:
         """Free the training images, and give the trainer its own loader and limits back."""
+        self._give_back()
         if self._given_by_user is not None:
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
         self._given_by_user = self._training_data = self._synthesise = self._described = self._step_log = None
+        self._known = None
 
     # --- evaluation
 

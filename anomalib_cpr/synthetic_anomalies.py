@@ -7,7 +7,7 @@ the values of CPR's code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -284,22 +284,26 @@ def shuffle_tiles(images: Tensor, order: Tensor) -> Tensor:
     return whole[..., :height, :width]
 
 
-def change_appearance(images: Tensor, generator: torch.Generator) -> Tensor:
+def change_appearance(
+    images: Tensor, generator: torch.Generator, operations: "Sequence[Operation] | None" = None
+) -> Tensor:
     """Apply to each image three different operations out of ten, in random order.
 
     Args:
         images (Tensor): RGB in 0..1, ``(batch, 3, height, width)``.
         generator (torch.Generator): On the CPU; every choice comes from it.
+        operations (Sequence[Operation] | None): To choose from; None means :data:`OPERATIONS`.
 
     Returns:
         Tensor: Same shape, in 0..1.
     """
-    chosen = torch.rand((len(images), len(OPERATIONS)), generator=generator).argsort(1)[:, :OPERATIONS_PER_IMAGE]
+    available = OPERATIONS if operations is None else operations
+    chosen = torch.rand((len(images), len(available)), generator=generator).argsort(1)[:, :OPERATIONS_PER_IMAGE]
     strengths = torch.rand((len(images), OPERATIONS_PER_IMAGE, 3), generator=generator)
     changed = []
-    for image, operations, values in zip(images, chosen.tolist(), strengths.tolist(), strict=True):
-        for operation, strength in zip(operations, values, strict=True):
-            image = OPERATIONS[operation](image, strength).clamp(0, 1)  # noqa: PLW2901 - one operation after another
+    for image, which, values in zip(images, chosen.tolist(), strengths.tolist(), strict=True):
+        for operation, strength in zip(which, values, strict=True):
+            image = available[operation](image, strength).clamp(0, 1)  # noqa: PLW2901 - one operation after another
         changed.append(image)
     return torch.stack(changed)
 

@@ -14,6 +14,7 @@ from .foreground import sharpen
 from .kinds import Kind
 from .loss import metric_loss, remote_weights
 from .pairs import POSITIONS_PER_KIND, sample_patch_pairs
+from .real_anomalies import KnownAnomalies
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training_images import TrainingImages
@@ -32,11 +33,15 @@ class TrainingData:
         images (TrainingImages): The good images.
         neighbours (Tensor): Indices of the references of each image, the most similar first, ``(images, k)``, CPU.
         kind (Kind): Object or texture.
+        known (KnownAnomalies | None): Known defects.
+        eight_bit (bool): Round colours to 8 bits after each change, as images do that are files or OpenCV arrays.
     """
 
     images: TrainingImages
     neighbours: Tensor
     kind: Kind
+    known: KnownAnomalies | None = None
+    eight_bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def draw_image_pairs(
         ImagePairs: On the device of the foregrounds.
     """
     device = foregrounds.device
+    tidy = round_to_eight_bits if data.eight_bit else _as_they_are
     rounds = -(-batch_size // len(data.images))
     chosen = torch.cat([torch.randperm(len(data.images), generator=generator) for _ in range(rounds)])[:batch_size]
     rank = torch.randint(data.neighbours.shape[1], (batch_size,), generator=generator)
@@ -83,15 +89,40 @@ def draw_image_pairs(
 
     own = foregrounds[chosen.to(device)] if data.kind == "object" else None
     with record_function(SYNTHESIS):
-        queries, anomalies = synthesise(data.images.take(chosen, device), own, generator)
+        queries, anomalies = synthesise(tidy(data.images.take(chosen, device)), own, generator)
+    if data.known is not None:
+        replaced, which = data.known.draw_queries(batch_size, generator)
+        matched = torch.where(replaced, data.known.neighbours[which, rank], matched)
+        where, which = replaced.to(device).nonzero().flatten(), which[replaced]
+        queries[where] = data.known.images[which].to(queries)
+        anomalies[where] = data.known.masks[which].to(device)
+        if own is not None:
+            own[where] = data.known.foregrounds[which.to(data.known.foregrounds.device)].to(own)
+        queries, anomalies = data.known.paste(queries, anomalies, generator)
     weights = None
     if own is not None:
         both = torch.maximum(sharpen(own), sharpen(foregrounds[matched.to(device)]))
         weights = F.interpolate(both, data.images.size, mode="bilinear")
     with record_function(AUGMENTATION):
-        queries = augment(queries, generator)
-        references = augment(data.images.take(matched, device), generator)
+        queries = tidy(augment(tidy(queries), generator))
+        references = tidy(augment(tidy(data.images.take(matched, device)), generator))
     return ImagePairs(queries, references, anomalies, weights)
+
+
+def round_to_eight_bits(images: Tensor) -> Tensor:
+    """Colours in 0..1 to the nearest of 256 levels.
+
+    Args:
+        images (Tensor): Any shape.
+
+    Returns:
+        Tensor: Same shape.
+    """
+    return (images * 255).round() / 255
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
 
 
 def training_loss(

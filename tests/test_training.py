@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from anomalib_cpr.feature_extractor import FeatureExtractor
-from anomalib_cpr.training import frozen_features, step_precision, training_autocast
+from anomalib_cpr.synthetic_anomalies import SyntheticAnomalyGenerator
+from anomalib_cpr.training import (
+    TrainingData,
+    draw_image_pairs,
+    frozen_features,
+    step_precision,
+    training_autocast,
+)
+from anomalib_cpr.training_images import TrainingImages
 
 CPU = torch.device("cpu")
 
@@ -42,3 +50,19 @@ def test_precision_is_what_the_processor_computes_with(monkeypatch, precision, c
 def test_precision_of_the_trainer_stays():
     with torch.autocast("cpu", torch.float16), training_autocast("bfloat16", CPU):
         assert torch.get_autocast_dtype("cpu") == torch.float16
+
+
+def test_eight_bit_training_shows_levels_of_image_files():
+    images = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    neighbours = torch.tensor([[1], [0], [3], [2]])
+    drawn = {}
+    for eight_bit in (True, False):
+        data = TrainingData(TrainingImages(images, None), neighbours, "object", eight_bit=eight_bit)
+        generator = torch.Generator().manual_seed(0)
+        drawn[eight_bit] = draw_image_pairs(data, torch.ones(4, 1, 8, 12), SyntheticAnomalyGenerator(), 4, generator)
+    for name in ("queries", "references"):
+        levels = 255 * getattr(drawn[True], name)
+        assert torch.allclose(levels, levels.round(), atol=1e-4)
+        exact = 255 * getattr(drawn[False], name)
+        assert not torch.allclose(exact, exact.round(), atol=1e-2)
+    assert torch.equal(drawn[True].anomalies, drawn[False].anomalies), "the same is drawn"

@@ -1,0 +1,64 @@
+"""configs/model/cpr_paper.yaml: what the authors' code does, and that anomalib takes it."""
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from anomalib.models import get_model
+from conftest import TINY_BACKBONE, write_mvtec
+from test_command_line import PROJECT, anomalib
+
+CONFIGURATION = PROJECT / "configs" / "model" / "cpr_paper.yaml"
+
+
+def test_values_are_those_of_the_authors_code():
+    written = yaml.safe_load(CONFIGURATION.read_text())["init_args"]
+    assert written == {
+        "backbone": "densenet201",
+        "layers": ["features.denseblock1", "features.denseblock2"],
+        "pre_trained": True,
+        "descriptor_channels": 384,
+        "k": 10,
+        "window_sizes": [3, 1],
+        "codebook_size": 12,
+        "blocks": 5,
+        "kind": "auto",
+        "anomaly_source_path": "datasets/dtd/images",
+        "eight_bit_training": True,
+        "training_steps": None,
+        "learning_rate": 0.001,
+        "weight_decay": 0.01,
+        "learning_rate_schedule": "constant",
+        "warm_up_steps": 0,
+        "training_precision": "float32",
+    }
+    model = get_model({"class_path": "anomalib_cpr.Cpr", "init_args": written})
+    assert [model._learning_rate_factor(step) for step in (0, 1, 39_999)] == [1, 1, 1]
+
+
+def train(folder, *arguments, **options):
+    changes = [f"--model.init_args.{name}={value}" for name, value in TINY_BACKBONE.items()]
+    data = ["--data", "MVTecAD", "--data.root", "data", "--data.category", "screw", "--data.num_workers", "0"]
+    limits = ["--data.train_batch_size", "2", "--trainer.max_steps", "2", "--seed_everything", "66"]
+    command = ["train", "--model", CONFIGURATION, *changes, *data, *limits, *arguments]
+    return anomalib(*command, folder=folder, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_mvtec(tmp_path / "data")
+    return tmp_path
+
+
+def test_anomalib_trains_with_it(folder):
+    textures = folder / "datasets" / "dtd" / "images" / "dotted"
+    textures.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    cv2.imwrite(str(textures / "0.jpg"), noise)
+    assert "image_AUROC" in train(folder).stdout
+
+
+def test_without_the_textures_it_says_where_they_belong(folder):
+    result = train(folder, check=False)
+    assert result.returncode != 0
+    assert "datasets/dtd/images does not exist" in result.stderr + result.stdout
