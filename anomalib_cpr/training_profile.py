@@ -41,6 +41,7 @@ class StepClock(Callback):
         self.profiled_steps = profiled_steps
         self.engine_seconds: list[float] = []
         self.bare_seconds: list[float] = []
+        self.bare_cpu_seconds: list[float] = []
         self.shares: dict[str, float] = {}
         self._start: float | None = None
 
@@ -50,7 +51,9 @@ class StepClock(Callback):
         _wait(pl_module.device)
         if self._start is not None:
             self.engine_seconds.append(time.perf_counter() - self._start)
+        cpu = time.process_time()
         self.bare_seconds.append(self._bare_step(pl_module, trainer.global_step))
+        self.bare_cpu_seconds.append(time.process_time() - cpu)
         self._start = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Cpr) -> None:  # type: ignore[override]
@@ -97,7 +100,8 @@ def profile_training(
 
     Returns:
         dict[str, Any]: ``engine_steps_per_s`` and ``in_memory_steps_per_s`` (from median step times), their ratio
-            ``engine_to_in_memory``, ``pairs_per_s``, and ``shares`` of the step by stage.
+            ``engine_to_in_memory``, ``pairs_per_s``, ``cpu_s_per_step`` (processor time of a bare step, which other
+            programs disturb least), and ``shares`` of the step by stage.
     """
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +123,7 @@ def profile_training(
         "engine_steps_per_s": 1 / own,
         "in_memory_steps_per_s": 1 / bare,
         "engine_to_in_memory": bare / own,
+        "cpu_s_per_step": statistics.median(clock.bare_cpu_seconds[WARM_UP:]),
         "pairs_per_s": datamodule.train_batch_size / own,
         "shares": clock.shares,
     }
@@ -183,7 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{row['descriptor_channels']} channels, {row['training_precision']}: "
             f"{row['engine_steps_per_s']:.2f} steps/s with the Engine, "
-            f"{row['in_memory_steps_per_s']:.2f} bare ({row['engine_to_in_memory']:.0%}); {shares}"
+            f"{row['in_memory_steps_per_s']:.2f} bare ({row['engine_to_in_memory']:.0%}), "
+            f"{row['cpu_s_per_step']:.2f} s of processor time; {shares}"
         )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

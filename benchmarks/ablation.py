@@ -33,6 +33,7 @@ from anomalib_cpr import loss, training
 from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.lightning_model import Cpr
 from anomalib_cpr.pairs import PatchPairs
+from anomalib_cpr.real_anomalies import hold_out, read_from_test_set
 
 RESULTS = Path("results/ablation")
 
@@ -152,7 +153,12 @@ VARIANTS = {
     "remote negatives weigh the same": Variant(patches={"remote_weights": equal_weights}),
     "batch norm of clean images": Variant(callbacks=lambda: [Recalibrate()]),
     "every query has an anomaly": Variant({"anomaly_probability": 1.0}),
+    "8 known defects": Variant({"known_anomalies": 8}),
+    "texture": Variant({"kind": "texture"}),
+    "windows 5 and 3": Variant({"window_sizes": [5, 3]}),
+    "windows 9 and 5": Variant({"window_sizes": [9, 5]}),
 }
+SHORT_TRAINING = list(VARIANTS)[:12]
 
 
 def train_and_measure(name: str, category: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +179,6 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         pre_trained=options.weights is not None,
         backbone_weights=options.weights,
         descriptor_channels=64,
-        kind=options.kind,
         pre_processor=Cpr.configure_pre_processor((size, size)),
         **{**REFERENCE, **variant.arguments},
     )
@@ -181,7 +186,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         root=options.data_root, category=category, image_size=size, train_batch_size=options.batch_size
     )
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
-        _reuse_preparation(model, options.data_root / f"prepared_{category}_{seed}_{size}.pt")
+        _reuse_preparation(model, options.data_root / f"prepared_{category}_{seed}_{size}_{model.kind}.pt")
         engine = Engine(
             max_steps=options.steps,
             limit_val_batches=0,
@@ -204,21 +209,27 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "descriptor_channels": 64,
         "backbone": "densenet201",
         "backbone_weights": options.weights_name,
+        "held_out": options.held_out,
+        "kind": model.resolved_kind,
         "fit_seconds": round(seconds, 1),
-        **measure(model, datamodule),
+        **measure(model, datamodule, options.held_out),
     }
 
 
-def measure(model: Cpr, datamodule: AnomalibDataModule) -> dict[str, float]:
+def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[str, float]:
     """Image AUROC, pixel AUROC and pixel AP on raw scores and maps.
 
     Args:
         model (Cpr): Fitted.
-        datamodule (DrawnParts): Its test set is the measure.
+        datamodule (AnomalibDataModule): Its test set is the measure.
+        held_out (int): Defects that ``known_anomalies`` would choose, and that no variant is measured on.
     """
     model.eval()
     transform = model.pre_processor.transform  # type: ignore[union-attr]
+    datamodule.setup()
     scores, labels, maps, masks = [], [], [], []
+    if held_out:
+        hold_out(datamodule, read_from_test_set(datamodule.test_data, held_out, transform)[2])
     for index in range(len(datamodule.test_data)):
         item: Any = datamodule.test_data[index]
         with torch.no_grad():
@@ -287,7 +298,8 @@ def table(folder: Path) -> str:
         str: Markdown.
     """
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    key = ("category", "seed", "steps", "image_size", "batch_size")
+    key = ("category", "seed", "steps", "image_size", "batch_size", "held_out")
+    rows = [{"held_out": 0, **row} for row in rows]
     runs: dict[str, dict[tuple, dict]] = {}
     for row in rows:
         runs.setdefault(row["variant"], {})[tuple(row[name] for name in key)] = row
@@ -316,13 +328,13 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("datasets/DrawnParts"))
     parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
     parser.add_argument("--weights-name", default="random", help="what to call them in the results")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=SHORT_TRAINING)
     parser.add_argument("--categories", nargs="+", default=["gear", "pills"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=160)
-    parser.add_argument("--kind", default="auto")
+    parser.add_argument("--held-out", type=int, default=0, help="defects that leave the test set of every variant")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")
     options = parser.parse_args()
     if options.command == "run":
