@@ -56,7 +56,8 @@ class Cpr(AnomalibModule):
             machines without internet. None asks timm's hub, its cache first.
         descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
-        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd.
+        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the whole
+            map, for parts that lie anywhere.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         bank_dtype (Literal["float32", "float16", "int8"]): How the reference bank stores descriptors: 4, 2 or 1 bytes

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local retrieval: the distance of every query patch to its best match at nearly the same place of the references.
 
-There are two ways with one result:
+There are three ways with one result:
 
 - :func:`match_shifts` is the definition: a running maximum over references and shifts. It runs anywhere and exports.
 - :func:`match_cells` is for CPUs: matrix products of cache-sized pieces.
+- :func:`match_everywhere` is for a window that covers the map, for parts that lie anywhere.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 
 
@@ -38,7 +40,9 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scale
     """
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
-    if query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
+    if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
+        similarity = match_everywhere(query, gallery, references, scales)
+    elif query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
         similarity = match_cells(query, gallery, references, window, scales)
     else:
         similarity = match_shifts(query, gallery, references, window, scales)
@@ -80,6 +84,31 @@ def match_shifts(
         for down, right in shifts:
             best = torch.maximum(best, _shifted_similarity(query, reference, down, right, height, width))
     return best
+
+
+def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Largest cosine over all cells of the references: one matrix product, a piece of the query at a time.
+
+    Args:
+        query (Tensor): See :func:`match`, as for the other arguments.
+        gallery (Tensor): Descriptors of all images.
+        references (Tensor): Indices.
+        scales (Tensor | None): Factors of an int8 gallery.
+
+    Returns:
+        Tensor: Similarities of shape ``(batch, height, width)``.
+    """
+    height, width = query.shape[-2:]
+    pieces = query.flatten(2).transpose(1, 2).split(PIECE, dim=1)
+    references = references.to(gallery.device)
+    best = [query.new_full((), -2.0)] * len(pieces)
+    for k in range(references.shape[1]):
+        reference = gallery[references[:, k]].to(query.device).float()
+        if scales is not None:
+            reference = reference * scales[references[:, k]].to(query.device)
+        cells = reference.flatten(2)
+        best = [torch.maximum(held, torch.bmm(piece, cells).amax(2)) for held, piece in zip(best, pieces, strict=True)]
+    return torch.cat(best, dim=1).unflatten(1, (height, width))
 
 
 def _shifts(window: int, side: int) -> range:

@@ -163,6 +163,7 @@ VARIANTS = {
     "texture": Variant({"kind": "texture"}),
     "windows 5 and 3": Variant({"window_sizes": [5, 3]}),
     "windows 9 and 5": Variant({"window_sizes": [9, 5]}),
+    "windows over the whole map": Variant({"window_sizes": [999, 999]}),
 }
 SHORT_TRAINING = list(VARIANTS)[:12]
 

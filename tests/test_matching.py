@@ -95,3 +95,27 @@ def test_batch_size_changes_nothing():
 def test_no_references():
     with pytest.raises(ValueError, match="k must be at least 1"):
         match(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.empty(1, 0, dtype=torch.long), 3)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1024])
+def test_a_window_over_the_whole_map(piece, monkeypatch):
+    """Parts that lie anywhere: the same as a window so wide that every cell is in it."""
+    monkeypatch.setattr(matching, "PIECE", piece)
+    generator = torch.Generator().manual_seed(6)
+    query = F.normalize(torch.randn(2, 8, 4, 6, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(4, 8, 4, 6, generator=generator), dim=1)
+    references = torch.tensor([[3, 0, 1], [2, 1, 3]])
+    stored, scales = quantise(gallery)
+    numbers = stored.float() * scales
+    for window in (11, 999):
+        result = match(query, gallery, references, window)
+        assert torch.allclose(result, slow_match(query, gallery, references, 11), atol=1e-6)
+        result = match(query, stored, references, window, scales)
+        assert torch.allclose(result, slow_match(query, numbers, references, 11), atol=1e-6)
+    exported = torch.export.export(_Everywhere(), (query, gallery, references)).module()
+    assert torch.allclose(exported(query, gallery, references), slow_match(query, gallery, references, 11), atol=1e-6)
+
+
+class _Everywhere(torch.nn.Module):
+    def forward(self, query, gallery, references):
+        return match(query, gallery, references, 999)
