@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": ("explain", "show why an image got its score: references, matches, foreground, maps"),
     "benchmark": ("benchmark", "compare models on data sets: quality, time, memory; one process per job, resumable"),
     "report": ("report", "write the report of a benchmark anew, as Markdown and HTML"),
+    "bank": ("bank_accuracy", "measure what a coarser or smaller reference bank costs in accuracy"),
 }
 
 
