@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local retrieval: the distance of every query patch to its best match at nearly the same place of the references.
 
-There are three ways with one result:
+There are four ways with one result:
 
 - :func:`match_shifts` is the definition: a running maximum over references and shifts. It runs anywhere and exports.
 - :func:`match_cells` is for CPUs: matrix products of cache-sized pieces.
 - :func:`match_everywhere` is for a window that covers the map, for parts that lie anywhere.
+- :func:`anomalib_cpr.fused_matching.match_fused` is for GPUs, on request: one Triton kernel.
 """
 
 import torch
@@ -16,7 +17,15 @@ PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 
 
-def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None) -> Tensor:
+def match(
+    query: Tensor,
+    gallery: Tensor,
+    references: Tensor,
+    window: int,
+    scales: Tensor | None = None,
+    *,
+    fused: bool = False,
+) -> Tensor:
     """Smallest cosine distance over references and window.
 
     Positions outside the image never match. Not differentiable on a CPU.
@@ -28,6 +37,7 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scale
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
+        fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records.
 
     Returns:
         Tensor: Distances in 0..2, of shape ``(batch, 1, height, width)``.
@@ -42,6 +52,10 @@ def match(query: Tensor, gallery: Tensor, references: Tensor, window: int, scale
         raise ValueError("No references to match with: k must be at least 1.")
     if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
         similarity = match_everywhere(query, gallery, references, scales)
+    elif fused and not _is_traced():
+        from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
+
+        similarity = match_fused(query, gallery, references, window, scales)
     elif query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
         similarity = match_cells(query, gallery, references, window, scales)
     else:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .speed_models import ROWS, NaiveCpr, Row, Setting, build, cpr_stages
+from .speed_models import FUSED, FUSED_ROWS, ROWS, NaiveCpr, Row, Setting, build, cpr_stages
 from .speed_report import STAGES, machine, plot
 from .torch_model import CprModel
 
@@ -86,10 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=20, help="measurements per model at batch 1; fewer at larger ones"
     )
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay CPR from a CUDA graph")
+    parser.add_argument("--fused", action="store_true", help="CPR with the Triton kernel as well; CUDA only")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay CPR from CUDA graphs; CUDA only")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw latency, memory and stages (PNG)")
-    parser.add_argument("--only-memory", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--only-memory", choices=ROWS + FUSED_ROWS, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,38 +100,36 @@ def run(arguments: argparse.Namespace) -> int:
         arguments (argparse.Namespace): Of :func:`add_arguments`.
 
     Returns:
-        int: Exit code: 1 if the naive way gives other maps than ours.
+        int: Exit code: 1 if two ways of one model give different maps.
     """
     if min(arguments.k, arguments.gallery, arguments.rounds, *arguments.batch) < 1:
         raise SystemExit("--k, --gallery, --rounds and --batch must be at least 1.")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device, setting = torch.device(arguments.device), Setting(arguments.size, arguments.k, arguments.gallery)
+    if device.type != "cuda" and (arguments.fused or arguments.cuda_graphs):
+        raise SystemExit(f"--fused and --cuda-graphs need a CUDA device, not --device {arguments.device}.")
     precision = PRECISIONS[arguments.precision]
     if arguments.only_memory:
         print(json.dumps(peak_memory(arguments.only_memory, setting, device, precision, arguments.batch)))
         return 0
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    memory = {name: _memory_apart(name, arguments, console) for name in arguments.rows}
-    rows = build_rows([name for name in arguments.rows if memory[name]], setting, device, console)
-    agrees = True
-    if "naive" in {row.name for row in rows}:
-        agrees = _compare_with_naive(rows, setting, device, console)
+    names = [*arguments.rows, *(name for name in FUSED_ROWS if arguments.fused and _plain(name) in arguments.rows)]
+    memory = {name: _memory_apart(name, arguments, console) for name in names}
+    rows = build_rows([name for name in names if memory[name]], setting, device, console)
+    agrees = compare(rows, setting, device, console)
     results: list[Measurement] = []
     for batch in arguments.batch:
         rounds = max(3, arguments.rounds // batch)
         console.print(f"Batch {batch}: {rounds} rounds")
-        graphs = arguments.cuda_graphs and device.type == "cuda"
-        results += measure(
-            rows, batch, rounds, device, precision, {n: m[batch] for n, m in memory.items() if m}, graphs
-        )
+        peaks = {name: pairs[batch] for name, pairs in memory.items() if pairs}
+        results += measure(rows, batch, rounds, device, precision, peaks, arguments.cuda_graphs)
     environment = describe_environment(arguments, device)
     _show(results, environment, console)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"environment": environment, "rows": [asdict(r) for r in results]}, indent=1)
-        )
+        content = {"environment": environment, "rows": [_rounded(asdict(result)) for result in results]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.plot:
         plot([asdict(result) for result in results], environment, arguments.plot)
     return 0 if agrees else 1
@@ -158,7 +157,7 @@ def build_rows(names: Sequence[str], setting: Setting, device: torch.device, con
             continue
         if name == "cpr":
             shared = rows[-1].model  # type: ignore[assignment]
-    return sorted(rows, key=lambda row: ROWS.index(row.name))
+    return sorted(rows, key=lambda row: (*ROWS, *FUSED_ROWS).index(row.name))
 
 
 def measure(
@@ -323,27 +322,52 @@ def _memory_apart(name: str, arguments: argparse.Namespace, console: Console) ->
     return {int(batch): tuple(pair) for batch, pair in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def _compare_with_naive(rows: Sequence[Row], setting: Setting, device: torch.device, console: Console) -> bool:
-    """Whether the naive way gives the same maps, with the same references.
+def compare(rows: Sequence[Row], setting: Setting, device: torch.device, console: Console) -> bool:
+    """Whether all ways of one model give the same maps: naive, plain, fused, replayed from a CUDA graph.
 
     Retrieval is discrete: where two distances tie in the last bit, two right programs may choose differently. That is
     reported, and the maps are compared with the references of one of them.
+
+    Args:
+        rows (Sequence[Row]): The models.
+        setting (Setting): Sizes.
+        device (torch.device): Where they are.
+        console (Console): For the figures.
+
+    Returns:
+        bool: Whether no map differs by more than :data:`TOLERANCE`.
     """
-    naive: Any = next(row.model for row in rows if row.name == "naive")
     images = torch.rand(2, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(2)).to(device)
+    differences: dict[str, float] = {}
     with torch.inference_mode():
-        model: CprModel = naive.model
-        ours = model(images)
-        references = model.retrieve(model.feature_extractor(images)[0])[0]
-        theirs, own_references = naive.predict(images, references)
-    difference = float((ours.anomaly_map - theirs.anomaly_map).abs().max())
-    same = "the same" if torch.equal(references, own_references) else "other"
-    console.print(
-        f"Naive and ours: maps differ by at most {difference:.1e}; the naive way retrieves {same} references."
-    )
-    if difference > TOLERANCE:
-        console.print(f"[red]That is more than {TOLERANCE:.0e}: the figures do not compare the same thing.[/red]")
-    return difference <= TOLERANCE
+        for row in rows:
+            model: Any = row.model
+            if isinstance(model, NaiveCpr):
+                references = model.model.retrieve(model.model.feature_extractor(images)[0])[0]
+                result, own_references = model.predict(images, references)
+                expected = model.model(images)
+                if not torch.equal(references, own_references):
+                    console.print("Naive and ours retrieve other references: a tie. Compared with ours.")
+            elif row.name in FUSED_ROWS:
+                result = model(images)
+                model.fused_matching = False
+                expected = model(images)
+                model.fused_matching = True
+            elif isinstance(model, CprModel) and device.type == "cuda":
+                # The same weights and the same kernels: a graph that captured too little would show here.
+                result, expected = capture(model, images)(), model(images)
+            else:
+                continue
+            differences[row.name] = float((result.anomaly_map - expected.anomaly_map).abs().max())
+    for name, difference in differences.items():
+        console.print(f"{name}: maps differ from the plain way's by at most {difference:.1e}")
+        if difference > TOLERANCE:
+            console.print(f"[red]More than {TOLERANCE:.0e}: {name} does not compute the same.[/red]")
+    return all(difference <= TOLERANCE for difference in differences.values())
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(FUSED)
 
 
 def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
@@ -402,7 +426,7 @@ def describe_environment(arguments: argparse.Namespace, device: torch.device) ->
         "k": arguments.k,
         "gallery": arguments.gallery,
         "rounds": arguments.rounds,
-        "cuda_graphs": bool(arguments.cuda_graphs and device.type == "cuda"),
+        "cuda_graphs": arguments.cuda_graphs,
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "anomalib", "timm", "anomalib-cpr")},

@@ -16,6 +16,8 @@ from .torch_model import CprModel
 SMALL_BANKS: dict[str, tuple[str, BankDtype]] = {"cpr_float16": ("cpr", "float16"), "cpr_int8": ("cpr", "int8")}
 CORESET_SHARE = 0.1  # of PatchCore's bank, anomalib's default
 ROWS = ("naive", *PRESETS, *SMALL_BANKS, "patchcore_256", "patchcore", "padim", "efficientad_s", "rad")
+FUSED = "_fused"
+FUSED_ROWS = tuple(name + FUSED for name in (*PRESETS, *SMALL_BANKS))  # with the Triton kernel, on a CUDA device
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Row:
 
 
 def build(name: str, setting: Setting, device: torch.device, cpr: CprModel | None = None) -> Row:
-    """Build a model of :data:`ROWS`.
+    """Build a model of :data:`ROWS` or :data:`FUSED_ROWS`.
 
     Args:
         name (str): Of the row.
@@ -177,9 +179,11 @@ def build(name: str, setting: Setting, device: torch.device, cpr: CprModel | Non
         model: nn.Module = NaiveCpr(cpr or build("cpr", setting, device).model)  # type: ignore[arg-type]
         bank = list(model.model.bank.buffers())  # type: ignore[union-attr]
         return Row(name, model, setting.size, bank)
-    if name in PRESETS or name in SMALL_BANKS:
-        preset, dtype = SMALL_BANKS.get(name, (name, "float32"))
+    plain = name.removesuffix(FUSED)
+    if plain in PRESETS or plain in SMALL_BANKS:
+        preset, dtype = SMALL_BANKS.get(plain, (plain, "float32"))
         model = random_cpr(PRESETS[preset], setting, dtype, device)
+        model.fused_matching = name in FUSED_ROWS
         return Row(name, model, setting.size, list(model.bank.buffers()))
     if name not in ROWS:
         raise ValueError(f"rows={name!r}: there are {', '.join(ROWS)}.")

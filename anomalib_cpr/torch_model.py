@@ -81,6 +81,7 @@ class CprModel(nn.Module):
         self.backbone_weights = backbone_weights
         self.k = k
         self.window_sizes = tuple(window_sizes)
+        self.fused_matching = False  # set it to match with a Triton kernel; on a CUDA device only
 
         self.feature_extractor = FeatureExtractor(backbone, layers)
         self.global_retriever = GlobalRetriever(self.feature_extractor.channels[0], codebook_size, blocks)
@@ -168,7 +169,7 @@ class CprModel(nn.Module):
             list[Tensor]: Distances 0..2, ``(batch, 1, height_i, width_i)``.
         """
         return [
-            match(query, gallery, references, window, scales)
+            match(query, gallery, references, window, scales, fused=self.fused_matching)
             for query, gallery, window, scales in zip(
                 queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
             )

@@ -65,10 +65,18 @@ def test_a_wrong_matching_is_noticed(model, monkeypatch, capsys):
 
     rows = [Row("naive", NaiveCpr(model), 64, [])]
     console = speed.Console()
-    assert speed._compare_with_naive(rows, Setting(64, 3, 20), CPU, console)
-    monkeypatch.setattr(torch_model, "match", lambda *arguments: match(*arguments) + 1e-3)
-    assert not speed._compare_with_naive(rows, Setting(64, 3, 20), CPU, console)
-    assert "do not compare the same thing" in capsys.readouterr().out
+    assert speed.compare(rows, Setting(64, 3, 20), CPU, console)
+    monkeypatch.setattr(torch_model, "match", lambda *arguments, **options: match(*arguments, **options) + 1e-3)
+    assert not speed.compare(rows, Setting(64, 3, 20), CPU, console)
+    assert "naive does not compute the same" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_everything_agrees_on_a_gpu(tmp_path):
+    """Naive, plain, fused and replayed ways of all presets."""
+    arguments = ["--device", "cuda", "--fused", "--cuda-graphs", "--rounds", "3", "--batch", "1", "8"]
+    rows = ["--rows", "naive", *PRESETS, "cpr_float16", "cpr_int8"]
+    assert main(["speed", *arguments, *rows, "--json", str(tmp_path / "speed.json")]) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "naive"])
@@ -135,6 +143,12 @@ def test_command(tmp_path, capsys):
 def test_sizes_below_one(option):
     with pytest.raises(SystemExit, match="must be at least 1"):
         main(["speed", option, "0"])
+
+
+@pytest.mark.parametrize("option", ["--fused", "--cuda-graphs"])
+def test_options_of_another_device(option):
+    with pytest.raises(SystemExit, match="need a CUDA device"):
+        main(["speed", option])
 
 
 def test_a_model_that_cannot_be_built_is_left_out(monkeypatch, capsys):
