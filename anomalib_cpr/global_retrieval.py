@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 EPSILON = 1e-8
+SHORTLIST = 2000  # images that the robust distance is computed for, in galleries of more than twice as many
+_BLOCK_BYTES = 256_000_000  # of the divergences that are held at a time while a gallery is compared with itself
 
 
 def assign_words(features: Tensor, codebook: Tensor) -> Tensor:
@@ -76,6 +78,11 @@ def histogram_distance(query: Tensor, gallery: Tensor, keep: float = 0.8) -> Ten
     entropy = (query * query.log()).sum(-1)
     cross = torch.matmul(query.transpose(0, 1), gallery.log().permute(1, 2, 0))  # (blocks, batch, gallery)
     divergence = (entropy.T[:, :, None] - cross).permute(1, 2, 0)
+    return _robust_sum(divergence, keep)
+
+
+def _robust_sum(divergence: Tensor, keep: float = 0.8) -> Tensor:
+    """Sum over the last dimension, the blocks, without the largest."""
     blocks = divergence.shape[-1]
     return divergence.topk(max(1, int(blocks * keep)), dim=-1, largest=False).values.sum(-1)
 
@@ -102,6 +109,45 @@ def representatives(gallery: Tensor, count: int) -> Tensor:
         worst[chosen[-1]] = -float("inf")  # rounding must not choose an image twice
         chosen.append(int(worst.argmax()))
     return torch.tensor(sorted(chosen), device=gallery.device)
+
+
+def roots_of(histograms: Tensor) -> Tensor:
+    """Square roots, whose inner product is the Bhattacharyya coefficient: how much two histograms overlap.
+
+    Args:
+        histograms (Tensor): Of shape ``(gallery, blocks, words)``.
+
+    Returns:
+        Tensor: Of shape ``(gallery, blocks * words)``.
+    """
+    return histograms.flatten(1).sqrt()
+
+
+def nearest_of_many(query: Tensor, gallery: Tensor, roots: Tensor, k: int, shortlist: int = SHORTLIST) -> Tensor:
+    """The nearest images of a large gallery: a shortlist by one matrix product, then the robust distance.
+
+    The shortlist takes the images whose histograms overlap most with the query's. The total divergence would be an
+    inner product too, with -log of the gallery, but a defect that shows a word which most images lack makes it all
+    noise: with 3 of 25 blocks disturbed and 100,000 images, its first 2,000 held 80 % of the true ten nearest, those of
+    the overlap all of them.
+
+    Args:
+        query (Tensor): Histograms of shape ``(batch, blocks, words)``.
+        gallery (Tensor): Histograms of shape ``(gallery, blocks, words)``.
+        roots (Tensor): Of :func:`roots_of` the gallery.
+        k (int): Number of images.
+        shortlist (int): Number of images to compare exactly.
+
+    Returns:
+        Tensor: Indices of shape ``(batch, k)``, the most similar first.
+    """
+    candidates = torch.matmul(roots_of(query), roots.T).topk(shortlist, dim=1, sorted=False).indices
+    # In the order of the gallery, so that of equally near images the same one wins as without a shortlist.
+    candidates = candidates.sort(dim=1).values
+    own, theirs = query.float() + EPSILON, gallery[candidates].float() + EPSILON
+    divergence = (own * own.log()).sum(-1)[:, None] - (own[:, None] * theirs.log()).sum(-1)
+    chosen = _robust_sum(divergence).topk(k, dim=1, largest=False).indices
+    return candidates.gather(1, chosen)
 
 
 class GlobalRetriever(nn.Module):
@@ -138,7 +184,9 @@ class GlobalRetriever(nn.Module):
         return block_histograms(words, self.codebook.shape[0], self.blocks)
 
     @staticmethod
-    def nearest(histograms: Tensor, gallery: Tensor, k: int, *, exclude_self: bool = False) -> Tensor:
+    def nearest(
+        histograms: Tensor, gallery: Tensor, k: int, *, exclude_self: bool = False, roots: Tensor | None = None
+    ) -> Tensor:
         """Indices of the nearest gallery images, the most similar first.
 
         Args:
@@ -146,13 +194,27 @@ class GlobalRetriever(nn.Module):
             gallery (Tensor): Gallery histograms of shape ``(gallery, blocks, words)``.
             k (int): Number of references; the whole gallery if it is smaller.
             exclude_self (bool): The queries *are* the gallery, and no image may retrieve itself.
+            roots (Tensor | None): Of :func:`roots_of` the gallery; with them, a large gallery is searched by shortlist.
 
         Returns:
             Tensor: Indices of shape ``(batch, min(k, available))``.
         """
-        distances = histogram_distance(histograms, gallery)
-        available = gallery.shape[0]
+        count = gallery.shape[0]
         if exclude_self:
-            distances.fill_diagonal_(float("inf"))
-            available -= 1
-        return distances.topk(min(k, available), dim=1, largest=False).indices
+            return _nearest_others(gallery, min(k, count - 1))
+        if roots is not None and count > 2 * SHORTLIST and k <= SHORTLIST:
+            return nearest_of_many(histograms, gallery, roots, k)
+        return histogram_distance(histograms, gallery).topk(min(k, count), dim=1, largest=False).indices
+
+
+def _nearest_others(gallery: Tensor, k: int) -> Tensor:
+    """Nearest other images of each image, some images at a time: all at once, 10,000 images would take 10 GB."""
+    count, blocks = gallery.shape[:2]
+    step = max(1, _BLOCK_BYTES // (4 * count * blocks))
+    found = []
+    for start in range(0, count, step):
+        distances = histogram_distance(gallery[start : start + step], gallery)
+        own = torch.arange(len(distances), device=gallery.device)
+        distances[own, own + start] = float("inf")
+        found.append(distances.topk(k, dim=1, largest=False).indices)
+    return torch.cat(found)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .global_retrieval import representatives
+from .global_retrieval import SHORTLIST, representatives, roots_of
 
 BankDtype = Literal["float32", "float16", "int8"]
 
@@ -80,6 +80,7 @@ class ReferenceBank(nn.Module):
         self.dtype = DTYPES[dtype]
         self.max_references = max_references
         self.on_host = on_host
+        self._roots: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histograms", torch.zeros(0, blocks * blocks, codebook_size))
         self.register_buffer("foregrounds", torch.zeros(0, 1, 0, 0))
         for scale in (1, 2):
@@ -101,6 +102,20 @@ class ReferenceBank(nn.Module):
     def scales(self) -> list[Tensor | None]:
         """Factors of int8 descriptors per scale, ``(gallery, 1, height_i, width_i)``; None in other banks."""
         return [self.scales_1, self.scales_2] if self.dtype == torch.int8 else [None, None]
+
+    @property
+    def roots(self) -> Tensor | None:
+        """Square roots of the histograms, by which large galleries are searched; None for galleries that are not.
+
+        They are computed once and kept beside the histograms that they belong to; an exporter records the computation.
+        """
+        if len(self.histograms) <= 2 * SHORTLIST:
+            return None
+        if torch.compiler.is_exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return roots_of(self.histograms)
+        if self._roots is None or self._roots[0] is not self.histograms:
+            self._roots = (self.histograms, roots_of(self.histograms))
+        return self._roots[1]
 
     @property
     def megabytes(self) -> float:
@@ -218,6 +233,7 @@ class ReferenceBank(nn.Module):
             for name, tensor in state_dict.items()
             if name.removeprefix(prefix) in {*self._buffers, "scales_1", "scales_2"}
         }
+        self._roots = None  # loading may copy into the same tensor
         problem = self._misfit(incoming)
         if problem:
             errors: list[str] = args[-1]

@@ -154,7 +154,7 @@ class CprModel(nn.Module):
                 ``(batch, 1 + k, height, width)``, the query's and its references'.
         """
         histograms = self.global_retriever(features)
-        references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k)
+        references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k, roots=self.bank.roots)
         foreground = self.foreground_estimator(features.float())
         return references, torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1)
 

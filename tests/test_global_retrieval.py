@@ -3,12 +3,15 @@ import math
 import pytest
 import torch
 
+from anomalib_cpr import global_retrieval
 from anomalib_cpr.global_retrieval import (
     GlobalRetriever,
     assign_words,
     block_histograms,
     histogram_distance,
+    nearest_of_many,
     representatives,
+    roots_of,
 )
 
 
@@ -117,3 +120,52 @@ def test_representatives_cover_every_group():
     kinds = torch.eye(3)[:, None].expand(3, 4, 3) * 0.9 + 0.1 / 3
     gallery = kinds[[0] * 10 + [1] * 10 + [2]]
     assert {0 if i < 10 else 1 if i < 20 else 2 for i in representatives(gallery, 3).tolist()} == {0, 1, 2}
+
+
+def similar_histograms(count, defects, generator):
+    """Mixtures of a few prototypes, counted in blocks of 256 cells; in some blocks a defect adds a word of its own."""
+    prototypes = torch.rand(12, 25, 12, generator=torch.Generator().manual_seed(9)) ** 4
+    prototypes = prototypes / prototypes.sum(-1, keepdim=True)
+    first, second = torch.randint(12, (2, count), generator=generator)
+    share = torch.rand(count, 1, 1, generator=generator)
+    cells = torch.poisson(256 * (share * prototypes[first] + (1 - share) * prototypes[second]), generator=generator)
+    histograms = cells / cells.sum(-1, keepdim=True).clamp_min(1)
+    for image in range(count if defects else 0):
+        blocks = torch.randperm(25, generator=generator)[:defects]
+        words = torch.eye(12)[torch.randint(12, (defects,), generator=generator)]
+        histograms[image, blocks] = 0.5 * histograms[image, blocks] + 0.5 * words
+    return histograms
+
+
+@pytest.mark.parametrize("defects", [0, 3, 6])
+def test_shortlist_holds_the_true_nearest(defects):
+    generator = torch.Generator().manual_seed(5)
+    gallery, queries = similar_histograms(5000, 0, generator), similar_histograms(50, defects, generator)
+    expected = GlobalRetriever.nearest(queries, gallery, 10)
+    found = GlobalRetriever.nearest(queries, gallery, 10, roots=roots_of(gallery))
+    recall = (expected[:, :, None] == found[:, None]).any(-1).float().mean()
+    assert recall >= 0.999
+    # The same order too, but for distances that differ by rounding.
+    distances = histogram_distance(queries, gallery)
+    assert torch.allclose(distances.gather(1, found), distances.gather(1, expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_shortlist_is_one():
+    """It is really used: the nearest of the shortlist, not of the gallery."""
+    generator = torch.Generator().manual_seed(6)
+    gallery, queries = similar_histograms(500, 0, generator), similar_histograms(20, 6, generator)
+    found = nearest_of_many(queries, gallery, roots_of(gallery), 3, shortlist=3)
+    overlap = roots_of(queries) @ roots_of(gallery).T
+    assert torch.equal(found.sort(1).values, overlap.topk(3, dim=1).indices.sort(1).values)
+
+
+def test_no_image_finds_itself_block_by_block(monkeypatch):
+    histograms = similar_histograms(23, 0, torch.Generator().manual_seed(7))
+    expected = GlobalRetriever.nearest(histograms, histograms, 4, exclude_self=True)
+    monkeypatch.setattr(global_retrieval, "_BLOCK_BYTES", 4 * 23 * 25 * 5)
+    assert torch.equal(GlobalRetriever.nearest(histograms, histograms, 4, exclude_self=True), expected)
+    distances = histogram_distance(histograms, histograms)
+    for image, row in enumerate(expected.tolist()):
+        others = [i for i in distances[image].argsort().tolist() if i != image]
+        assert torch.allclose(distances[image, row], distances[image, others[:4]])
+        assert image not in row

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cpr import reference_bank
 from anomalib_cpr.reference_bank import DTYPES, ReferenceBank, quantise
 
 
@@ -186,3 +187,18 @@ def test_empty_bank_and_other_size_are_refused():
         ReferenceBank(4, 6, 2).check((4, 6))
     with pytest.raises(ValueError, match=r"32x32 pixels cannot be compared.*16x24 pixels"):
         filled().check((8, 8))
+
+
+def test_roots_belong_to_the_histograms_that_are_held(monkeypatch):
+    bank = filled(count=5)
+    assert bank.roots is None, "small galleries are compared as a whole"
+    monkeypatch.setattr(reference_bank, "SHORTLIST", 1)
+    first = bank.roots
+    assert torch.allclose(first.square(), bank.histograms.flatten(1))
+    assert bank.roots is first
+    other = filled(count=5, channels=4)
+    other.histograms = torch.rand(5, 4, 6)
+    bank.load_state_dict(other.state_dict())
+    assert torch.allclose(bank.roots.square(), other.histograms.flatten(1))
+    bank.keep(torch.tensor([0, 2, 4]))
+    assert torch.allclose(bank.roots.square(), other.histograms[[0, 2, 4]].flatten(1))
