@@ -24,6 +24,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "compare models on data sets: quality, time, memory; one process per job, resumable"),
     "report": ("report", "write the report of a benchmark anew, as Markdown and HTML"),
     "bank": ("bank_accuracy", "measure what a coarser or smaller reference bank costs in accuracy"),
+    "galleries": ("gallery_speed", "measure search and inference with large galleries"),
 }
 
 

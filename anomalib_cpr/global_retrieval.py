@@ -141,7 +141,8 @@ def nearest_of_many(query: Tensor, gallery: Tensor, roots: Tensor, k: int, short
     Returns:
         Tensor: Indices of shape ``(batch, k)``, the most similar first.
     """
-    candidates = torch.matmul(roots_of(query), roots.T).topk(shortlist, dim=1, sorted=False).indices
+    overlap = torch.matmul(roots_of(query), roots.T)
+    candidates = overlap.topk(min(shortlist, len(gallery)), dim=1, sorted=False).indices
     # In the order of the gallery, so that of equally near images the same one wins as without a shortlist.
     candidates = candidates.sort(dim=1).values
     own, theirs = query.float() + EPSILON, gallery[candidates].float() + EPSILON

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``anomalib-cpr galleries``: what a large gallery costs, and whether its search finds the true nearest.
+
+The histograms are synthetic: mixtures of a few prototypes, counted from as many cells as a block has at 320 px; those
+of the queries are disturbed in some blocks, as by a defect. Descriptors lie in a file that is memory-mapped.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .global_retrieval import SHORTLIST, GlobalRetriever, nearest_of_many, roots_of
+from .presets import PRESETS
+from .reference_bank import DTYPES
+from .speed import describe_environment
+from .speed_models import Setting, random_cpr
+from .torch_model import CprModel
+
+BLOCKS, WORDS, CELLS = 25, 12, 256
+QUERIES = 50
+
+
+@dataclass(frozen=True)
+class GalleryResult:
+    """One gallery.
+
+    Attributes:
+        images (int): In the gallery.
+        histograms_mb (float): Memory of histograms, and of their roots where they are used.
+        exact_ms (float): Search for one query by the robust distance to all images, median.
+        shortlist_ms (float | None): Search by shortlist, median; None where the gallery is not larger than it.
+        recall (float | None): Share of the true K nearest that the shortlist finds.
+        bank_mb (float | None): Size of the bank on disk; None where it was not made.
+        inference_ms (float | None): Whole inference of one image with that bank, median.
+    """
+
+    images: int
+    histograms_mb: float
+    exact_ms: float
+    shortlist_ms: float | None
+    recall: float | None
+    bank_mb: float | None
+    inference_ms: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options.
+
+    Args:
+        parser (argparse.ArgumentParser): Of the subcommand.
+    """
+    parser.add_argument(
+        "--images", nargs="+", type=int, default=[100, 1000, 10_000, 100_000], help="sizes of galleries"
+    )
+    parser.add_argument("--disturbed", type=int, default=3, help="blocks of a query, of 25, that a defect disturbs")
+    parser.add_argument("--preset", choices=PRESETS, default="cpr_faster", help="model of the whole inference")
+    parser.add_argument("--bank-dtype", choices=DTYPES, default="int8")
+    parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
+    parser.add_argument("--k", type=int, default=10, help="references per image")
+    parser.add_argument("--disk-mb", type=float, default=2000, help="no whole inference with larger banks")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, show, write.
+
+    Args:
+        arguments (argparse.Namespace): Of :func:`add_arguments`.
+
+    Returns:
+        int: Exit code.
+    """
+    if min(arguments.images) <= arguments.k:
+        raise SystemExit(f"--images {min(arguments.images)}: must be more than --k {arguments.k}.")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    console = Console(width=120)
+    results = []
+    with torch.inference_mode():
+        model = random_cpr(
+            PRESETS[arguments.preset],
+            Setting(arguments.size, arguments.k, arguments.k + 1),
+            arguments.bank_dtype,
+            torch.device("cpu"),
+        )
+        for count in arguments.images:
+            console.print(f"{count} images")
+            results.append(measure(count, model, arguments))
+    _show(results, arguments, console)
+    if arguments.json:
+        options = argparse.Namespace(**vars(arguments), precision="float32", gallery=None, cuda_graphs=False)
+        environment = describe_environment(options, torch.device("cpu"))
+        for name in ("disturbed", "preset", "bank_dtype"):
+            environment[name] = getattr(arguments, name)
+        content = {"environment": environment, "rows": [asdict(result) for result in results]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def synthetic_histograms(count: int, disturbed: int, generator: torch.Generator) -> Tensor:
+    """Histograms of images that resemble one another more or less.
+
+    Args:
+        count (int): Number of images.
+        disturbed (int): Blocks of each image in which half of the cells show one other word.
+        generator (torch.Generator): Of the choices.
+
+    Returns:
+        Tensor: Of shape ``(count, 25, 12)``.
+    """
+    prototypes = torch.rand(64, BLOCKS, WORDS, generator=torch.Generator().manual_seed(0)) ** 4
+    prototypes /= prototypes.sum(-1, keepdim=True)
+    first, second = torch.randint(len(prototypes), (2, count), generator=generator)
+    share = torch.rand(count, 1, 1, generator=generator)
+    cells = torch.poisson(CELLS * (share * prototypes[first] + (1 - share) * prototypes[second]), generator=generator)
+    histograms = cells / cells.sum(-1, keepdim=True).clamp_min(1)
+    for image in range(count if disturbed else 0):
+        blocks = torch.randperm(BLOCKS, generator=generator)[:disturbed]
+        word = torch.eye(WORDS)[torch.randint(WORDS, (disturbed,), generator=generator)]
+        histograms[image, blocks] = 0.5 * histograms[image, blocks] + 0.5 * word
+    return histograms
+
+
+def measure(count: int, model: CprModel, arguments: argparse.Namespace) -> GalleryResult:
+    """Time one gallery.
+
+    Args:
+        count (int): Number of images.
+        model (CprModel): Of the whole inference; its bank is replaced.
+        arguments (argparse.Namespace): Of the command.
+
+    Returns:
+        GalleryResult: The figures.
+    """
+    generator = torch.Generator().manual_seed(1)
+    gallery = synthetic_histograms(count, 0, generator)
+    queries = synthetic_histograms(QUERIES, arguments.disturbed, generator)
+    query, roots, k = queries[:1], roots_of(gallery), arguments.k
+    exact = _median(lambda: GlobalRetriever.nearest(query, gallery, k), arguments.rounds)
+    short = recall = None
+    if count > SHORTLIST:
+        short = _median(lambda: nearest_of_many(query, gallery, roots, k), arguments.rounds)
+        hits = []
+        for one in queries.split(1):
+            true, found = GlobalRetriever.nearest(one, gallery, k), nearest_of_many(one, gallery, roots, k)
+            hits.append(float((true[:, :, None] == found[:, None]).any(-1).float().mean()))
+        recall = statistics.mean(hits)
+    used = gallery.nbytes + (roots.nbytes if count > 2 * SHORTLIST else 0)
+    bank_mb = inference = None
+    cells = [(arguments.size // stride,) * 2 for stride in (4, 8)]
+    if model.bank.size_for(count, cells) <= arguments.disk_mb:
+        bank_mb, inference = _whole(gallery, model, arguments)
+    return GalleryResult(count, used / 1e6, exact, short, recall, bank_mb, inference)
+
+
+def _whole(gallery: Tensor, model: CprModel, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Size of the bank, and time of an inference with the bank in a memory-mapped file."""
+    bank, count = model.bank, len(gallery)
+    block = [(name, tensor.clone()) for name, tensor in bank.named_buffers() if name != "histograms"]
+    state = {name: tensor[torch.arange(count) % len(tensor)] for name, tensor in block}
+    state = {
+        name: tensor.contiguous(memory_format=torch.channels_last) if name.startswith("descriptors") else tensor
+        for name, tensor in state.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bank.pt"
+        torch.save({**state, "histograms": gallery}, path)
+        del state
+        bank.load_state_dict(torch.load(path, weights_only=True, mmap=True), assign=True)
+        images = torch.rand(4, 1, 3, arguments.size, arguments.size)
+        number = iter(range(10**9))
+        time_ms = _median(lambda: model(images[next(number) % 4]), arguments.rounds)
+        megabytes = bank.megabytes
+        # The file goes away: nothing may point into it.
+        bank.load_state_dict({name: tensor[: arguments.k + 1].clone() for name, tensor in bank.state_dict().items()})
+    return megabytes, time_ms
+
+
+def _median(call: Callable[[], Any], rounds: int) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _show(results: list[GalleryResult], arguments: argparse.Namespace, console: Console) -> None:
+    table = Table(title=f"{arguments.preset}, {arguments.bank_dtype} bank, K {arguments.k}")
+    for name in ("images", "histograms MB", "exact ms", "shortlist ms", "recall", "bank MB", "inference ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def show(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    for row in results:
+        numbers = ((row.histograms_mb, 1), (row.exact_ms, 2), (row.shortlist_ms, 2), (row.recall, 4))
+        whole = ((row.bank_mb, 0), (row.inference_ms, 1))
+        table.add_row(str(row.images), *(show(*number) for number in (*numbers, *whole)))
+    console.print(table)
