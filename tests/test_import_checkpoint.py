@@ -19,6 +19,7 @@ from anomalib_cpr.import_checkpoint import import_checkpoint, read_released
 from anomalib_cpr.lightning_model import Cpr
 
 SIZE = 96
+POOLED = round(512 / 320**2 * SIZE**2)  # the authors' 512 pixels of 320x320, in proportion
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -76,7 +77,7 @@ class PlainCpr(nn.Module):
 
 
 def plain_prediction(plain, image, references, foreground_weight, foreground_bias):
-    """Map and score as the authors compute them: unfold, minimum, sum, foreground, blur, 512 largest."""
+    """Map and score as the authors compute them: unfold, minimum, sum, foreground, blur, largest pixels."""
     maps = []
     for query, gallery, window in zip(plain.descriptors(image), plain.descriptors(references), (3, 1), strict=True):
         count, channels, height, width = gallery.shape
@@ -91,7 +92,7 @@ def plain_prediction(plain, image, references, foreground_weight, foreground_bia
     foreground = ((frozen * foreground_weight.view(1, -1, 1, 1)).sum(1, keepdim=True) + foreground_bias).clamp(0, 1)
     total = total * F.interpolate(foreground, (SIZE, SIZE), mode="bilinear").amax(0, keepdim=True)
     blurred = gaussian_blur(total, [33, 33], [4.0, 4.0])
-    return blurred, blurred.flatten().topk(512).values.sum()
+    return blurred, blurred.flatten().topk(POOLED).values.sum()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_maps_and_scores_are_those_of_a_plain_implementation(plain, released, da
             ours = inner(image)
             # The authors add distances and sum pixels; ours are means in 0..1.
             assert (4 * ours.anomaly_map - anomaly_map).abs().max() < 1e-4
-            assert abs(4 * ours.pred_score.item() - score.item() / 512) < 1e-4
+            assert abs(4 * ours.pred_score.item() - score.item() / POOLED) < 1e-4
             assert anomaly_map.max() > 0.01, "a map of zeros would show nothing"
 
 
