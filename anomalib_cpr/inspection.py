@@ -79,11 +79,9 @@ def _configuration(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[
     for name in ("root", "category"):
         if getattr(arguments, name) is not None:
             data["init_args"][name] = getattr(arguments, name)
-    for name in ("backbone_weights", "kind", "anomaly_source_path"):
+    for name in ("backbone_weights", "image_size", "kind", "anomaly_source_path"):
         if getattr(arguments, name) is not None:
             model[name] = getattr(arguments, name)
-    if arguments.image_size is not None:
-        model["pre_processor"] = Cpr.configure_pre_processor((arguments.image_size, arguments.image_size))
     return model, data
 
 
