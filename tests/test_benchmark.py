@@ -132,6 +132,11 @@ def test_report_shows_results_failures_and_what_is_missing(finished, tmp_path):
     measured = results(folder)["CPR"]["metrics"]["pixel_AUROC"]
     for needed in (f"{100 * measured:.1f}", "failed", "no_such_network", "best **on the test set", "limit_val_batches"):
         assert needed in text
+    # Published results stand beside: PaDiM's mean and screw (README of anomalib), CPR's mean.
+    assert "| Image AUROC | " in text
+    assert "PaDiM, published" in text
+    for value in ("95.0", "84.5", "99.7"):
+        assert value in text
     assert page.count("data:image/") >= 3
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
     assert str(folder.parent) not in text.split("Configuration of each job")[0]
