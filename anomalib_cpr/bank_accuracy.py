@@ -168,8 +168,8 @@ def measure(
             queries = model.describe(features)
             for bank, own_maps, own_scores in zip(banks, maps, scores, strict=True):
                 model.bank = bank
-                references, foreground = model.retrieve(features[0])
-                anomaly_map, score = model.scorer(model.match(queries, references), foreground, size)
+                references, foregrounds = model.retrieve(features[0])
+                anomaly_map, score = model.scorer(model.match(queries, references), foregrounds, size)
                 own_maps.append(anomaly_map.flatten().cpu())
                 own_scores.append(score.cpu())
     finally:

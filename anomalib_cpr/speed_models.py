@@ -74,8 +74,8 @@ class NaiveCpr(nn.Module):
         histograms = model.global_retriever(features[0])
         own = model.global_retriever.nearest(histograms, model.bank.histograms, model.k)
         references = own if references is None else references
-        foreground = model.foreground_estimator(features[0].float())
-        foreground = torch.cat([foreground, model.bank.foregrounds[references][:, :, 0]], 1).amax(1, keepdim=True)
+        foregrounds = model.foreground_estimator(features[0].float())
+        foregrounds = torch.cat([foregrounds, model.bank.foregrounds[references][:, :, 0]], 1)
         lap("retrieval")
         galleries = [gallery[references].float() for gallery in model.bank.descriptors]
         lap("gather")
@@ -84,7 +84,7 @@ class NaiveCpr(nn.Module):
             for query, gallery, window in zip(queries, galleries, model.window_sizes, strict=True)
         ]
         lap("matching")
-        anomaly_map, score = model.scorer(distances, foreground, images.shape[-2:])
+        anomaly_map, score = model.scorer(distances, foregrounds, images.shape[-2:])
         lap("scoring")
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map), own
 
@@ -123,11 +123,11 @@ def cpr_stages(model: CprModel, images: Tensor, lap: Callable[[str], None]) -> I
     lap("backbone")
     queries = model.describe(features)
     lap("heads")
-    references, foreground = model.retrieve(features[0])
+    references, foregrounds = model.retrieve(features[0])
     lap("retrieval")
     distances = model.match(queries, references)
     lap("matching")
-    anomaly_map, score = model.scorer(distances, foreground, images.shape[-2:])
+    anomaly_map, score = model.scorer(distances, foregrounds, images.shape[-2:])
     lap("scoring")
     return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
