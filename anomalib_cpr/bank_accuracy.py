@@ -80,7 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(f"{arguments.checkpoint} does not exist.")
     if not all(0 < share <= 1 for share in arguments.shares):
         raise SystemExit(f"--shares {arguments.shares}: must be above 0 and at most 1.")
-    module: Any = Cpr.load_from_checkpoint(arguments.checkpoint, map_location=arguments.device, weights_only=True)
+    # Not strict: a training with metrics of its own leaves their state in the checkpoint too. A bank or weights that do
+    # not fit are refused all the same.
+    module: Any = Cpr.load_from_checkpoint(
+        arguments.checkpoint, map_location=arguments.device, weights_only=True, strict=False
+    )
     module.eval()
     data = get_datamodule(
         {

@@ -6,6 +6,8 @@ of them. Peak memory is measured apart, one fresh process per model.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import platform
 import statistics
@@ -13,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -46,12 +47,15 @@ class Measurement:
         ms_median (float): Time of a batch, image tensors in, maps and scores out.
         ms_p95 (float): 95th percentile.
         ms_min (float): The fastest.
+        cpu_ms (float | None): Median of the CPU time of all threads, on a CPU. Shared among the threads, it is what an
+            idle machine would take at best; on a busy one it says more than the clock.
         images_per_s (float): Throughput at the median.
         peak_mb (float | None): Memory beyond that of the imported libraries at its highest: weights, bank, temporaries.
         working_mb (float | None): The part of it that inference takes beyond the built model.
         bank_mb (float): Memory of the bank.
         checkpoint_mb (float): Weights and bank.
         stages_ms (dict[str, float]): Medians of the stages, of CPR only.
+        stages_cpu_ms (dict[str, float]): The same of the CPU time of all threads, on a CPU.
     """
 
     name: str
@@ -61,12 +65,14 @@ class Measurement:
     ms_median: float
     ms_p95: float
     ms_min: float
+    cpu_ms: float | None
     images_per_s: float
     peak_mb: float | None
     working_mb: float | None
     bank_mb: float
     checkpoint_mb: float
     stages_ms: dict[str, float] = field(default_factory=dict)
+    stages_cpu_ms: dict[str, float] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gallery", type=int, default=209, help="training images in the banks")
     parser.add_argument(
         "--rounds", type=int, default=20, help="measurements per model at batch 1; fewer at larger ones"
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="skip the peak memory, which takes a process per model"
     )
     parser.add_argument("--fused", action="store_true", help="CPR with the Triton kernel as well; CUDA only")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CPR from CUDA graphs; CUDA only")
@@ -116,8 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     names = [*arguments.rows, *(name for name in FUSED_ROWS if arguments.fused and _plain(name) in arguments.rows)]
-    memory = {name: _memory_apart(name, arguments, console) for name in names}
-    rows = build_rows([name for name in names if memory[name]], setting, device, console)
+    memory = {} if arguments.no_memory else {name: _memory_apart(name, arguments, console) for name in names}
+    rows = build_rows([name for name in names if memory.get(name, True)], setting, device, console)
     agrees = compare(rows, setting, device, console)
     results: list[Measurement] = []
     for batch in arguments.batch:
@@ -186,7 +195,8 @@ def measure(
     generator = torch.Generator().manual_seed(1)
     images = {row.size: torch.rand(batch, 3, row.size, row.size, generator=generator).to(device) for row in rows}
     times: dict[str, list[float]] = {row.name: [] for row in rows}
-    stages: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
+    work: dict[str, list[float]] = {row.name: [] for row in rows}
+    stages: dict[str, list[dict[str, tuple[float, float]]]] = {row.name: [] for row in rows}
     with torch.inference_mode(), _autocast(device, precision):
         calls: dict[str, Callable[[], Any]] = {}
         for row in rows:
@@ -196,10 +206,11 @@ def measure(
         for number in range(WARM_UP + rounds):
             for row in rows:
                 _synchronise(device)
-                start = time.perf_counter()
+                start, start_work = time.perf_counter(), time.process_time()
                 calls[row.name]()
                 _synchronise(device)
                 times[row.name].append(1e3 * (time.perf_counter() - start))
+                work[row.name].append(1e3 * (time.process_time() - start_work))
                 if number >= WARM_UP and isinstance(row.model, (CprModel, NaiveCpr)):
                     stages[row.name].append(_stages(row.model, images[row.size], device))
     results = []
@@ -216,16 +227,14 @@ def measure(
                 ms_median=median,
                 ms_p95=own[min(len(own) - 1, int(0.95 * len(own)))],
                 ms_min=own[0],
+                cpu_ms=statistics.median(work[row.name][WARM_UP:]) if device.type == "cpu" else None,
                 images_per_s=1e3 * batch / median,
                 peak_mb=peak,
                 working_mb=working,
                 bank_mb=row.bank_mb,
                 checkpoint_mb=row.checkpoint_mb,
-                stages_ms={
-                    stage: statistics.median(one[stage] for one in stages[row.name]) for stage in stages[row.name][0]
-                }
-                if stages[row.name]
-                else {},
+                stages_ms=_stage_medians(stages[row.name], 0),
+                stages_cpu_ms=_stage_medians(stages[row.name], 1) if device.type == "cpu" else {},
             )
         )
     return results
@@ -258,15 +267,16 @@ def capture(model: CprModel, images: Tensor) -> Callable[[], Any]:
     return replay
 
 
-def _stages(model: CprModel | NaiveCpr, images: Tensor, device: torch.device) -> dict[str, float]:
-    result: dict[str, float] = {}
-    last = time.perf_counter()
+def _stages(model: CprModel | NaiveCpr, images: Tensor, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each stage by the clock, and of all threads' CPU time."""
+    result: dict[str, tuple[float, float]] = {}
+    last = time.perf_counter(), time.process_time()
 
     def lap(stage: str) -> None:
         nonlocal last
         _synchronise(device)
-        now = time.perf_counter()
-        result[stage] = 1e3 * (now - last)
+        now = time.perf_counter(), time.process_time()
+        result[stage] = 1e3 * (now[0] - last[0]), 1e3 * (now[1] - last[1])
         last = now
 
     if isinstance(model, CprModel):
@@ -274,6 +284,10 @@ def _stages(model: CprModel | NaiveCpr, images: Tensor, device: torch.device) ->
     else:
         model.predict(images, lap=lap)
     return result
+
+
+def _stage_medians(laps: Sequence[dict[str, tuple[float, float]]], clock: int) -> dict[str, float]:
+    return {stage: statistics.median(one[stage][clock] for one in laps) for stage in (laps[0] if laps else ())}
 
 
 def peak_memory(
@@ -298,6 +312,7 @@ def peak_memory(
     with torch.inference_mode(), _autocast(device, precision):
         for batch in batches:
             images = torch.rand(batch, 3, row.size, row.size).to(device)
+            _give_back_freed_memory()
             built = _resident(device)
             _reset_peak(device)
             row.model(images)
@@ -370,8 +385,8 @@ def _plain(name: str) -> str:
     return name.removesuffix(FUSED)
 
 
-def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
+def _autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -383,6 +398,12 @@ def _resident(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
     return _status_mb("VmRSS")
+
+
+def _give_back_freed_memory() -> None:
+    """What building has freed but the allocator keeps would hide what inference takes."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -445,9 +466,9 @@ def _processor() -> str:
 def _show(results: Sequence[Measurement], environment: dict[str, Any], console: Console) -> None:
     title = f"{machine(environment)}, {environment['precision']}, K {environment['k']}, {environment['gallery']} images"
     table = Table(title=title)
-    for name in ("model", "px", "batch", "ms median", "p95", "images/s", "peak MB", "working MB", "bank MB"):
+    for name in ("model", "px", "batch", "ms median", "p95", "CPU ms", "images/s", "peak MB", "working MB", "bank MB"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    stages = Table(title="Stages, ms (the gather is part of the matching where it is not named)")
+    stages = Table(title="Stages, ms and (CPU ms); the gather is part of the matching where it is not named")
     for name in ("model", "batch", *STAGES):
         stages.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in results:
@@ -457,15 +478,22 @@ def _show(results: Sequence[Measurement], environment: dict[str, Any], console: 
             str(row.batch),
             f"{row.ms_median:.2f}",
             f"{row.ms_p95:.2f}",
+            "-" if row.cpu_ms is None else f"{row.cpu_ms:.1f}",
             f"{row.images_per_s:.1f}",
             *("-" if value is None else f"{value:.0f}" for value in (row.peak_mb, row.working_mb)),
             f"{row.bank_mb:.1f}",
         )
         if row.stages_ms:
-            own = (f"{row.stages_ms[stage]:.2f}" if stage in row.stages_ms else "" for stage in STAGES)
-            stages.add_row(row.name, str(row.batch), *own)
+            stages.add_row(row.name, str(row.batch), *(_stage(row, stage) for stage in STAGES))
     console.print(table)
     console.print(stages)
+
+
+def _stage(row: Measurement, stage: str) -> str:
+    if stage not in row.stages_ms:
+        return ""
+    work = f" ({row.stages_cpu_ms[stage]:.1f})" if row.stages_cpu_ms else ""
+    return f"{row.stages_ms[stage]:.2f}{work}"
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON has

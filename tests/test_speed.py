@@ -130,6 +130,7 @@ def test_command(tmp_path, capsys):
     for row in content["rows"]:
         assert row["name"] == "cpr_faster"
         assert row["device"] == "cpu"
+        assert row["cpu_ms"] > 0
         assert 0 < row["ms_min"] <= row["ms_median"] <= row["ms_p95"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_median"], rel=1e-2)
         assert row["peak_mb"] > row["bank_mb"] > 0
