@@ -30,7 +30,7 @@ from .reference_bank import BankDtype
 from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
-from .training import TrainingData, draw_image_pairs, step_precision, training_autocast, training_loss
+from .training import TrainingData, draw_image_pairs, frozen_features, step_precision, training_autocast, training_loss
 from .training_images import TrainingImages, load_training_images, split_transform
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 2  # 1: no int8 banks, no max_references
 IMAGE_SIZE = (320, 320)
+CENTRING_IMAGES = 16
 
 
 class Cpr(AnomalibModule):
@@ -80,6 +81,7 @@ class Cpr(AnomalibModule):
         weight_decay (float): Of AdamW.
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
+        centred_start (bool): Begin with descriptors whose mean over some training images is 0; the paper does not.
         eight_bit_training (bool): Round the colours of training pairs to 8 bits, as the paper's image files did.
         training_precision (Literal["auto", "float32", "bfloat16"]): Of backbone and heads in training steps; codebook,
             bank and inference stay in float32. ``auto`` takes bfloat16 where the device computes with it.
@@ -129,6 +131,7 @@ class Cpr(AnomalibModule):
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
+        centred_start: bool = True,
         eight_bit_training: bool = False,
         training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
         image_size: Sequence[int] | int | None = None,
@@ -176,6 +179,7 @@ class Cpr(AnomalibModule):
         self.weight_decay = weight_decay
         self.learning_rate_schedule = learning_rate_schedule
         self.warm_up_steps = warm_up_steps
+        self.centred_start = centred_start
         self.eight_bit_training = eight_bit_training
         self.training_precision = training_precision
         self.resume_point_minutes = resume_point_minutes
@@ -437,10 +441,22 @@ class Cpr(AnomalibModule):
         assert self._plan is not None  # noqa: S101 - narrows the type
         return remaining_batches(self._plan, self.trainer)
 
+    def _centre_descriptors(self) -> None:
+        """Centre the descriptors of heads that were never trained."""
+        data = self._training_data
+        if not self.centred_start or data is None or not all(head.is_untrained for head in self.model.heads):
+            return
+        generator = step_generator(int(self.seed or 0), 0, 0, 0)
+        chosen = torch.randperm(len(data.images), generator=generator)[:CENTRING_IMAGES]
+        images = data.images.normalize(data.images.take(chosen, self.device))
+        for head, features in zip(self.model.heads, frozen_features(self.model, images), strict=True):
+            head.centre(features)
+
     # --- steps
 
     def on_train_start(self) -> None:
-        """Start the clock of the steps."""
+        """Centre the descriptors, and start the clock of the steps."""
+        self._centre_descriptors()
         self._step_log = StepLog(self._plan.steps if self._plan else None, self.trainer.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401

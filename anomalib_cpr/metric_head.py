@@ -95,6 +95,35 @@ class MetricHead(nn.Sequential):
         branch3 = (branch3 + pooled_bias[:, None, None]).relu_()
         return F.conv2d(torch.cat([branch0, branch1, branch2, branch3], 1), last.weight, last.bias)
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether no batch was ever seen, in a training or by :meth:`centre`."""
+        return int(cast("Tensor", cast("nn.BatchNorm2d", self[1]).num_batches_tracked)) == 0
+
+    @torch.no_grad()
+    def centre(self, features: Tensor) -> None:
+        """Start from descriptors whose mean over some images is 0.
+
+        Random layers behind ReLUs give descriptors that all point the same way. Every cosine is then near 1, positives
+        have no loss, and the first steps only push everything apart, at the cost of what the frozen features know.
+
+        Args:
+            features (Tensor): Frozen features of good images, ``(batch, in_channels, height, width)``.
+        """
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        was_training = self.training
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average: statistics of exactly these images
+        try:
+            mean = self.train()(features).mean((0, 2, 3))
+        finally:
+            self.train(was_training)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+        cast("Tensor", cast("nn.Conv2d", self[-1]).bias).sub_(mean)
+
     def describe_at(self, features: Tensor, positions: Tensor) -> Tensor:
         """Descriptors read bilinearly at positions, without their length normalised, as training compares them.
 

@@ -154,39 +154,6 @@ class LikelyPositives:
         return loss.contrast(similarity, valid * self.weights, attract=True), negative
 
 
-class CentredStart(Callback):
-    """Descriptors whose mean over the training images is 0 at the start: else all cosines begin near 1."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: Cpr) -> None:  # type: ignore[override]
-        """Set the bias of the last layers, and the running statistics."""
-        del trainer
-        data, model = pl_module._training_data, pl_module.model  # noqa: SLF001
-        if self.done or data is None:
-            return
-        self.done = True
-        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:16]
-        images = data.images.normalize(data.images.take(order, pl_module.device))
-        with torch.no_grad():
-            for head, features in zip(model.heads, training.frozen_features(model, images), strict=True):
-                norms = [module for module in head.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-                momenta = [norm.momentum for norm in norms]
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None
-                head.train()
-                mean = head(features).mean((0, 2, 3))
-                for norm, momentum in zip(norms, momenta, strict=True):
-                    norm.momentum = momentum
-                head[-1].bias -= mean  # type: ignore[operator]
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Cpr) -> None:  # type: ignore[override]
-        """The same where there are no steps."""
-        self.on_train_start(trainer, pl_module)
-
-
 class BuildBank(Callback):
     """A training of no steps ends without the hook that builds the bank."""
 
@@ -224,11 +191,12 @@ REFERENCE = {
     "learning_rate_schedule": "cosine",
     "warm_up_steps": 20,
     "training_precision": "bfloat16",
+    "centred_start": True,
 }
 VARIANTS = {
     "reference": Variant(),
     "constant learning rate": Variant({"learning_rate_schedule": "constant"}),
-    "centred start": Variant(callbacks=lambda: [CentredStart()]),
+    "random start, as the paper": Variant({"centred_start": False}),
     "learning rate 2e-3": Variant({"learning_rate": 2e-3}),
     "learning rate 4e-3": Variant({"learning_rate": 4e-3}),
     "average of weights, 0.95": Variant(callbacks=lambda: [Average(0.95)]),

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from anomalib_cpr import drawing, lightning_model
 from anomalib_cpr.lightning_model import Cpr
+from anomalib_cpr.metric_head import MetricHead
 
 
 def weights(model):
@@ -123,6 +124,18 @@ def test_training_in_bfloat16_repeats_and_leaves_the_rest_in_float32(engine, tin
     for name in ("global_retriever.codebook", "bank.histograms", "bank.foregrounds"):
         assert torch.equal(first[name], exact[name]), name
     assert not torch.equal(first["metric_heads.0.0.weight"], exact["metric_heads.0.0.weight"])
+
+
+def test_heads_are_centred_once_before_the_first_step(engine, tiny_model, tiny_datamodule, monkeypatch):
+    centred = []
+    original = MetricHead.centre
+    monkeypatch.setattr(MetricHead, "centre", lambda head, features: (centred.append(head), original(head, features)))
+    model = tiny_model()
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    assert centred == model.model.heads
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    engine(max_steps=1, limit_val_batches=0).fit(tiny_model(centred_start=False), datamodule=tiny_datamodule)
+    assert len(centred) == 2, "neither trained heads nor those of the paper"
 
 
 def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **limits):

@@ -96,3 +96,25 @@ def test_zero_features_do_not_give_nan(head):
             parameter.zero_()
     assert torch.equal(head.describe(torch.zeros(1, 16, 3, 3)), torch.zeros(1, 24, 3, 3))
     assert F.cosine_similarity(torch.zeros(1, 3), torch.zeros(1, 3)).isfinite().all()
+
+
+def test_centred_descriptors_point_everywhere():
+    torch.manual_seed(0)
+    head = MetricHead(16, 24)
+    features = torch.randn(4, 16, 12, 12).relu()
+    assert head.is_untrained
+
+    def cosines():
+        descriptors = head.eval().describe(features).flatten(2).transpose(0, 1).flatten(1)
+        head.train()
+        return (descriptors.T @ descriptors).mean().item()
+
+    before = cosines()
+    head.centre(features)
+    assert before > 0.5
+    assert abs(cosines()) < 0.05
+    assert head.training
+    assert not head.is_untrained
+    assert all(norm.momentum == 0.1 for norm in head.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+    # In evaluation the statistics are those of the images (with an unbiased variance): the mean is 0 there as well.
+    assert head.eval()(features).mean((0, 2, 3)).abs().max() < 5e-3

@@ -24,6 +24,7 @@ def test_values_are_those_of_the_authors_code():
         "blocks": 5,
         "kind": "auto",
         "anomaly_source_path": "datasets/dtd/images",
+        "centred_start": False,
         "eight_bit_training": True,
         "training_steps": None,
         "learning_rate": 0.001,
