@@ -375,7 +375,8 @@ def table(folder: Path) -> str:
         mean = {metric: statistics.mean(row[metric] for row in own.values()) for metric in ("image_AUROC", "pixel_AP")}
         change = f"{statistics.mean(changes):+.3f} ({', '.join(f'{value:+.3f}' for value in changes)})"
         lines.append(
-            f"| {name} | {len(own)} | {mean['image_AUROC']:.3f} | {mean['pixel_AP']:.3f} | "
+            f"| {name} | {len(own)}: {', '.join(sorted({run[0] for run in own}))} | "
+            f"{mean['image_AUROC']:.3f} | {mean['pixel_AP']:.3f} | "
             f"{change if name != 'reference' else ''} |"
         )
     return "\n".join(lines)

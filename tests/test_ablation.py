@@ -29,7 +29,7 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert 0 <= row["pixel_AP"] <= 1
     again = ablation("run", *size, "--categories", "gear", "--variants", *variants, folder=tmp_path)
     assert "{" not in again, "nothing is run twice"
-    assert "| reference | 1 |" in ablation("table", folder=tmp_path)
+    assert "| reference | 1: gear |" in ablation("table", folder=tmp_path)
 
 
 def test_differences_are_from_the_same_category_and_seed(tmp_path):
@@ -43,5 +43,5 @@ def test_differences_are_from_the_same_category_and_seed(tmp_path):
         row = {**common, "variant": variant, "category": "gear", "seed": seed, "pixel_AP": precision}
         (tmp_path / f"{index}.json").write_text(json.dumps(row))
     lines = module.table(tmp_path).splitlines()
-    assert lines[2] == "| reference | 2 | 0.900 | 0.600 |  |"
-    assert lines[3] == "| no warm-up | 2 | 0.900 | 0.750 | -0.100 (-0.100) |", "seed 2 has no partner"
+    assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |"
+    assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 | -0.100 (-0.100) |", "seed 2 has no partner"
