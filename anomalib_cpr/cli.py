@@ -17,6 +17,7 @@ from . import __version__
 COMMANDS = {
     "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
     "import-checkpoint": ("import_checkpoint", "turn a checkpoint of the CPR authors into one of anomalib"),
+    "ablation": ("ablation", "train short variants on drawn data, one thing changed at a time; or print their table"),
     "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),
     "speed": ("speed", "measure latency, throughput and memory of CPR and its peers"),
     "inspect": ("inspection", "show what a training would learn from: pairs, anomalies, foreground, neighbours"),

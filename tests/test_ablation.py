@@ -1,6 +1,5 @@
-"""benchmarks/ablation.py: runs are made once, and the table compares like with like."""
+"""`anomalib-cpr ablation`: runs are made once, and the table compares like with like."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,9 +7,11 @@ import sys
 import pytest
 from test_command_line import PROJECT
 
+from anomalib_cpr.ablation import table
+
 
 def ablation(*arguments, folder):
-    command = [sys.executable, PROJECT / "benchmarks" / "ablation.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "anomalib_cpr.cli", "ablation", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -33,15 +34,11 @@ def test_runs_and_table(tmp_path, monkeypatch):
 
 
 def test_differences_are_from_the_same_category_and_seed(tmp_path):
-    specification = importlib.util.spec_from_file_location("ablation", PROJECT / "benchmarks" / "ablation.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["ablation"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
     common = {"steps": 40, "image_size": 160, "batch_size": 8, "image_AUROC": 0.9}
     runs = [("reference", 0, 0.5), ("reference", 1, 0.7), ("no warm-up", 1, 0.6), ("no warm-up", 2, 0.9)]
     for index, (variant, seed, precision) in enumerate(runs):
         row = {**common, "variant": variant, "category": "gear", "seed": seed, "pixel_AP": precision}
         (tmp_path / f"{index}.json").write_text(json.dumps(row))
-    lines = module.table(tmp_path).splitlines()
+    lines = table(tmp_path).splitlines()
     assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |"
     assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 | -0.100 (-0.100) |", "seed 2 has no partner"

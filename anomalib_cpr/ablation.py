@@ -4,8 +4,8 @@
 Every variant trains with the same seeds, hence on the same pairs of images, for the same number of steps. Codebook,
 foreground and neighbours do not depend on the variant and are learned once. A finished run is never run again.
 
-    python benchmarks/ablation.py run --weights densenet201.pth   # one JSON per run, in results/ablation
-    python benchmarks/ablation.py table                           # the table, as Markdown
+    anomalib-cpr ablation run --weights densenet201.pth   # one JSON per run, in results/ablation
+    anomalib-cpr ablation table                           # the table, as Markdown
 """
 
 import argparse
@@ -29,12 +29,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr import loss, training
-from anomalib_cpr.drawn_data import DrawnParts
-from anomalib_cpr.lightning_model import Cpr
-from anomalib_cpr.metric_head import read_at
-from anomalib_cpr.pairs import PatchPairs
-from anomalib_cpr.real_anomalies import hold_out, read_from_test_set
+from . import loss, training
+from .drawn_data import DrawnParts
+from .lightning_model import Cpr
+from .metric_head import read_at
+from .pairs import PatchPairs
+from .real_anomalies import hold_out, read_from_test_set
 
 RESULTS = Path("results/ablation")
 
@@ -180,7 +180,7 @@ class Variant:
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    callbacks: Callable[[], list[Callback]] = list  # type: ignore[assignment]
+    callbacks: Callable[[], list[Callback]] = list
     patches: dict[str, Any] = field(default_factory=dict)
 
 
@@ -286,7 +286,7 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
         held_out (int): Defects that ``known_anomalies`` would choose, and that no variant is measured on.
     """
     model.eval()
-    transform = model.pre_processor.transform  # type: ignore[union-attr]
+    transform: Any = model.pre_processor.transform  # type: ignore[union-attr]
     datamodule.setup()
     scores, labels, maps, masks = [], [], [], []
     if held_out:
@@ -326,7 +326,7 @@ def _reuse_preparation(model: Cpr, path: Path) -> None:
     model._learn_retrieval = load_or_learn  # type: ignore[method-assign]  # noqa: SLF001
 
 
-def run(options: argparse.Namespace) -> None:
+def run_variants(options: argparse.Namespace) -> None:
     """Run what is missing until the time is over.
 
     Args:
@@ -382,10 +382,13 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of the subcommand.
+    """
+    parser.add_argument("command_of_ablation", choices=["run", "table"], help="train, or print")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--data-root", type=Path, default=Path("datasets/DrawnParts"))
     parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
@@ -398,12 +401,19 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=0, help="defects that leave the test set of every variant")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")
-    options = parser.parse_args()
-    if options.command == "run":
-        run(options)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train the variants, or print the table of those that were trained.
+
+    Args:
+        arguments (argparse.Namespace): Parsed arguments, see :func:`add_arguments`.
+
+    Returns:
+        int: 0.
+    """
+    if arguments.command_of_ablation == "run":
+        run_variants(arguments)
     else:
-        print(table(options.results))
-
-
-if __name__ == "__main__":
-    main()
+        print(table(arguments.results))
+    return 0
