@@ -286,7 +286,7 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
         held_out (int): Defects that ``known_anomalies`` would choose, and that no variant is measured on.
     """
     model.eval()
-    transform: Any = model.pre_processor.transform  # type: ignore[union-attr]
+    transform: Any = model.pre_processor.transform
     datamodule.setup()
     scores, labels, maps, masks = [], [], [], []
     if held_out:
