@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 EPSILON = 1e-8
 SHORTLIST = 2000  # images that the robust distance is computed for, in galleries of more than twice as many
 _BLOCK_BYTES = 256_000_000  # of the divergences that are held at a time while a gallery is compared with itself
+BEYOND = 2.0**22  # above every distance; together with an index still exact in float32
 
 
 def assign_words(features: Tensor, codebook: Tensor) -> Tensor:
@@ -25,8 +26,11 @@ def assign_words(features: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         Tensor: Indices of shape ``(batch, height, width)``. Of equally near words the first wins.
     """
-    # |f - w|^2 without |f|^2, which is the same for all words: a 1x1 convolution, not a (words, ...) difference.
-    similarity = F.conv2d(features, codebook[:, :, None, None], -0.5 * codebook.square().sum(1))
+    # |f - w|^2 without what is the same for all words: a 1x1 convolution, not a (words, ...) difference. What the words
+    # have in common cancels as well. Left in, it would be rounded along, and two runtimes would disagree more often.
+    centre = codebook.mean(0)
+    offset = codebook - centre
+    similarity = F.conv2d(features, offset[:, :, None, None], -0.5 * (offset * (codebook + centre)).sum(1))
     return similarity.argmax(1)
 
 
@@ -72,12 +76,15 @@ def histogram_distance(query: Tensor, gallery: Tensor, keep: float = 0.8) -> Ten
     Returns:
         Tensor: Distances of shape ``(batch, gallery)``, float32.
     """
-    query, gallery = query.float() + EPSILON, gallery.float() + EPSILON
-    # sum q log(q / r) = sum q log q - sum q log r: the second term is a matrix product per block, so that there is no
-    # (batch, gallery, blocks, words) temporary.
-    entropy = (query * query.log()).sum(-1)
-    cross = torch.matmul(query.transpose(0, 1), gallery.log().permute(1, 2, 0))  # (blocks, batch, gallery)
-    divergence = (entropy.T[:, :, None] - cross).permute(1, 2, 0)
+    # At least epsilon, where the authors add it. It makes no difference to speak of, as a share is 0 or at least one
+    # cell of a block; but ONNX optimisers take the addition of 1e-8 for an addition of nothing, and then log(0) is NaN.
+    query, gallery = query.float().transpose(1, 2).clamp(min=EPSILON), gallery.float().clamp(min=EPSILON)
+    # sum q log(q / r) = sum q log q - sum q log r is one matrix product per block, of (q, sum q log q) and (-log r, 1),
+    # so that there is no (batch, gallery, blocks, words) temporary. The gallery, a constant in exported graphs, is its
+    # first factor: as the second it would be taken for the weights of a layer, which runtimes like to round.
+    query = torch.cat([query, (query * query.log()).sum(1, keepdim=True)], 1).permute(2, 1, 0)
+    gallery = torch.cat([-gallery.log(), torch.ones_like(gallery[..., :1])], -1).transpose(0, 1)
+    divergence = torch.matmul(gallery, query).permute(2, 1, 0)
     return _robust_sum(divergence, keep)
 
 
@@ -109,6 +116,25 @@ def representatives(gallery: Tensor, count: int) -> Tensor:
         worst[chosen[-1]] = -float("inf")  # rounding must not choose an image twice
         chosen.append(int(worst.argmax()))
     return torch.tensor(sorted(chosen), device=gallery.device)
+
+
+def smallest(distances: Tensor, k: int) -> Tensor:
+    """Indices of the k smallest values; of equal values at the limit, the first in order win.
+
+    ``topk`` alone leaves open which of several equal values it takes, and every runtime takes others.
+
+    Args:
+        distances (Tensor): Of shape ``(batch, gallery)``, below 2^20.
+        k (int): How many, at most ``gallery``.
+
+    Returns:
+        Tensor: Indices of shape ``(batch, k)``, the smallest value first. Which they are, and so all that is computed
+            from them in any order, does not depend on the runtime.
+    """
+    limit = distances.topk(k, dim=1, largest=False).values.amax(1, keepdim=True)
+    order = torch.arange(distances.shape[1], device=distances.device, dtype=distances.dtype)
+    at_limit = torch.where(distances == limit, BEYOND + order, 2 * BEYOND + order)
+    return torch.where(distances < limit, distances, at_limit).topk(k, dim=1, largest=False).indices
 
 
 def roots_of(histograms: Tensor) -> Tensor:
@@ -145,9 +171,9 @@ def nearest_of_many(query: Tensor, gallery: Tensor, roots: Tensor, k: int, short
     candidates = overlap.topk(min(shortlist, len(gallery)), dim=1, sorted=False).indices
     # In the order of the gallery, so that of equally near images the same one wins as without a shortlist.
     candidates = candidates.sort(dim=1).values
-    own, theirs = query.float() + EPSILON, gallery[candidates].float() + EPSILON
+    own, theirs = query.float().clamp(min=EPSILON), gallery[candidates].float().clamp(min=EPSILON)
     divergence = (own * own.log()).sum(-1)[:, None] - (own[:, None] * theirs.log()).sum(-1)
-    chosen = _robust_sum(divergence).topk(k, dim=1, largest=False).indices
+    chosen = smallest(_robust_sum(divergence), k)
     return candidates.gather(1, chosen)
 
 
@@ -205,7 +231,7 @@ class GlobalRetriever(nn.Module):
             return _nearest_others(gallery, min(k, count - 1))
         if roots is not None and count > 2 * SHORTLIST and k <= SHORTLIST:
             return nearest_of_many(histograms, gallery, roots, k)
-        return histogram_distance(histograms, gallery).topk(min(k, count), dim=1, largest=False).indices
+        return smallest(histogram_distance(histograms, gallery), min(k, count))
 
 
 def _nearest_others(gallery: Tensor, k: int) -> Tensor:
@@ -217,5 +243,5 @@ def _nearest_others(gallery: Tensor, k: int) -> Tensor:
         distances = histogram_distance(gallery[start : start + step], gallery)
         own = torch.arange(len(distances), device=gallery.device)
         distances[own, own + start] = float("inf")
-        found.append(distances.topk(k, dim=1, largest=False).indices)
+        found.append(smallest(distances, k))
     return torch.cat(found)

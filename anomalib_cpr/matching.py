@@ -51,17 +51,17 @@ def match(
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
     if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
-        similarity = match_everywhere(query, gallery, references, scales)
+        similarity = match_everywhere(query, gallery, references, scales)[:, None]
     elif fused and not _is_traced():
         from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
 
-        similarity = match_fused(query, gallery, references, window, scales)
+        similarity = match_fused(query, gallery, references, window, scales)[:, None]
     elif query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
         similarity = match_cells(query, gallery, references, window, scales)
     else:
         similarity = match_shifts(query, gallery, references, window, scales)
-    # Rounding may push a perfect match a little above 1.
-    return (1 - similarity[:, None]).clamp(0, 2)
+    # Rounding may push a perfect match a little above 1; what matches nowhere has -2.
+    return 1 - similarity.clamp(-1, 1)
 
 
 def _is_traced() -> bool:
@@ -84,7 +84,7 @@ def match_shifts(
         scales (Tensor | None): Factors of an int8 gallery.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, height, width)``.
+        Tensor: Similarities of shape ``(batch, 1, height, width)``.
     """
     height, width = query.shape[-2:]
     references = references.to(gallery.device)
@@ -136,7 +136,7 @@ def _shifted_similarity(query: Tensor, reference: Tensor, down: int, right: int,
     top, bottom, left, end = max(0, -down), height - max(0, down), max(0, -right), width - max(0, right)
     own = query[:, :, top:bottom, left:end]
     other = reference[:, :, top + down : bottom + down, left + right : end + right]
-    similarity = (own * other).sum(1)
+    similarity = (own * other).sum(1, keepdim=True)
     if down == 0 and right == 0:
         return similarity
     return F.pad(similarity, (left, width - end, top, height - bottom), value=-2.0)
@@ -163,7 +163,7 @@ def match_cells(
         scales (Tensor | None): Factors of an int8 gallery.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, height, width)``.
+        Tensor: Similarities of shape ``(batch, 1, height, width)``.
     """
     query = query.detach().permute(0, 2, 3, 1).contiguous()
     gallery = gallery.permute(0, 2, 3, 1)
@@ -172,7 +172,7 @@ def match_cells(
     # Image by image: each has references of its own, and the batch size changes nothing.
     for image, chosen, result in zip(query, references.tolist(), best, strict=True):
         _match_image(image, gallery, chosen, window, factors, result)
-    return best
+    return best[:, None]
 
 
 def _match_image(

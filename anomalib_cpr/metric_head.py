@@ -72,8 +72,9 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, height, width)``, float32.
         """
-        descriptors = self(features) if self.training else self._folded(features)
-        return F.normalize(descriptors.float(), dim=1, eps=1e-8)
+        descriptors = (self(features) if self.training else self._folded(features)).float()
+        # Not F.normalize: OpenVINO rewrites its division, and forgets on the way that it may not be rounded.
+        return descriptors * descriptors.square().sum(1, keepdim=True).clamp(min=1e-16).pow(-0.5)
 
     def _folded(self, features: Tensor) -> Tensor:
         """The layers with fixed batch normalisation, in half the time.
