@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import checked_size
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
@@ -545,10 +547,12 @@ class Cpr(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was decided in training."""
         super().on_load_checkpoint(checkpoint)
-        # Some metrics keep settings among the weights; strict loading would refuse them without their evaluator.
-        held = self.state_dict().keys()
-        for key in [key for key in checkpoint["state_dict"] if key.startswith("evaluator.") and key not in held]:
-            del checkpoint["state_dict"][key]
+        # Some metrics have buffers (AUPRO its limit), so the state of a training with other metrics would not fit.
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("evaluator.")]:
+            del state[name]
+        if isinstance(self.evaluator, nn.Module):
+            state.update(self.evaluator.state_dict(prefix="evaluator."))
         own = checkpoint.get("cpr", {})
         if own.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
             raise ValueError(
@@ -594,6 +598,41 @@ class Cpr(AnomalibModule):
         """
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
+
+    # --- export: anomalib's own, in a state in which the file scores like the model
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+        """Pickle the model, see anomalib's ``ExportMixin.to_torch``. The pickled one records no gradients."""
+        with ready_for_export(self):
+            return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401
+        """Export to ONNX, see anomalib's ``ExportMixin.to_onnx``. One file, as long as ONNX allows it (2 GB)."""
+        kwargs.setdefault("external_data", not fits_one_file(self))
+        kwargs.setdefault("opset_version", OPSET)
+        with ready_for_export(self):
+            return super().to_onnx(*args, **kwargs)
+
+    def to_openvino(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to OpenVINO, see anomalib's ``ExportMixin.to_openvino``. The file asks for float32 arithmetic."""
+        to_fp16 = compression_type == CompressionType.FP16
+        path = super().to_openvino(
+            export_root, model_file_name, input_size, None if to_fp16 else compression_type, **kwargs
+        )
+        keep_full_precision(path, compress_to_fp16=to_fp16)
+        return path
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
+        """Quantise only the networks, on the images that anomalib would take."""
+        return quantise(model, datamodule)
 
     # --- helpers
 
