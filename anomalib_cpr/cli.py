@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("report", "write the report of a benchmark anew, as Markdown and HTML"),
     "bank": ("bank_accuracy", "measure what a coarser or smaller reference bank costs in accuracy"),
     "galleries": ("gallery_speed", "measure search and inference with large galleries"),
+    "parity": ("parity", "compare exported models with their checkpoint: scores, maps, references, latency, size"),
 }
 
 
