@@ -286,7 +286,7 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
         held_out (int): Defects that ``known_anomalies`` would choose, and that no variant is measured on.
     """
     model.eval()
-    transform: Any = model.pre_processor.transform
+    transform: Any = getattr(model.pre_processor, "transform", None)
     datamodule.setup()
     scores, labels, maps, masks = [], [], [], []
     if held_out:
@@ -294,7 +294,7 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
     for index in range(len(datamodule.test_data)):
         item: Any = datamodule.test_data[index]
         with torch.no_grad():
-            prediction = model.model(transform(item.image[None]))  # type: ignore[operator]
+            prediction = model.model(transform(item.image[None]))
         scores.append(prediction.pred_score.item())
         labels.append(int(item.gt_label))
         maps.append(prediction.anomaly_map.flatten())
