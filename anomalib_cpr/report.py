@@ -501,8 +501,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (argparse.ArgumentParser): Parser of the subcommand.
     """
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="output of `anomalib-cpr benchmark`")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of the report; default: the first FOLDER")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for the report (default: the first FOLDER)"
+        "--without-images", action="store_true", help="show no test images, where their licence forbids passing them on"
     )
 
 

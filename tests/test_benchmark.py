@@ -141,6 +141,10 @@ def test_report_shows_results_failures_and_what_is_missing(finished, tmp_path):
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
     assert str(folder.parent) not in text.split("Configuration of each job")[0]
 
+    assert main(["report", str(folder), "-o", str(tmp_path / "other"), "--without-images"]) == 0
+    assert not list((tmp_path / "other" / "figures").glob("images*"))
+    assert list((folder / "figures").glob("images*"))
+
     wider = yaml.safe_load(file.read_text(encoding="utf-8"))
     wider["seeds"] = [0, 1]
     written, resolved = read_configuration(write_yaml(tmp_path / "wider.yaml", wider))
