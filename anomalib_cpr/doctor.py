@@ -295,7 +295,7 @@ def check_devices() -> list[Finding]:
     if torch.backends.mps.is_available():
         findings.append(Finding("mps", OK, platform.machine()))
     if len(findings) == 1:
-        advice = "fine for inference; training takes a GPU: check driver and torch build if this machine has one"
+        advice = "fine for inference and a few hundred steps; if there is one, check its driver and the torch build"
         findings.append(Finding("GPU", NOTE, f"none that torch {torch.__version__} can use", advice))
     return findings
 
@@ -308,7 +308,7 @@ def check_faiss() -> list[Finding]:
     """
     installed = [f"{name} {_version(name)}" for name in FAISS_DISTRIBUTIONS if _version(name) is not None]
     if not installed:
-        advice = 'only for large galleries: pip install "anomalib-cpr[faiss]" (with CUDA 12: faiss-gpu)'
+        advice = 'only for clustering_backend="faiss": pip install "anomalib-cpr[faiss]" (with CUDA 12: faiss-gpu)'
         return [Finding("faiss", NOTE, "not installed", advice)]
     if len(installed) > 1:
         advice = "they overwrite each other: pip uninstall all of them, then install one"

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import checked_size
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
-from .preparation import cluster_centres, collect_samples, describe_globally, estimate_foreground
+from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
 from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
 from .reference_bank import BankDtype
@@ -63,6 +63,8 @@ class Cpr(AnomalibModule):
             map, for parts that lie anywhere.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
+        clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
+            centres differ from scikit-learn's, so it is never chosen silently.
         bank_dtype (Literal["float32", "float16", "int8"]): How the reference bank stores descriptors: 4, 2 or 1 bytes
             per value. A checkpoint with a finer bank is converted when it is loaded.
         max_references (int | None): Keep at most so many training images in the reference bank, chosen so that they
@@ -121,6 +123,7 @@ class Cpr(AnomalibModule):
         window_sizes: Sequence[int] = (3, 1),
         codebook_size: int = 12,
         blocks: int = 5,
+        clustering_backend: ClusteringBackend = "sklearn",
         bank_dtype: BankDtype = "float32",
         max_references: int | None = None,
         bank_on_host: bool = False,
@@ -156,6 +159,8 @@ class Cpr(AnomalibModule):
             raise ValueError(f"learning_rate_schedule={learning_rate_schedule!r}: must be 'cosine' or 'constant'.")
         if training_precision not in {"auto", "float32", "bfloat16"}:
             raise ValueError(f"training_precision={training_precision!r}: must be 'auto', 'float32' or 'bfloat16'.")
+        if clustering_backend not in {"sklearn", "faiss"}:
+            raise ValueError(f"clustering_backend={clustering_backend!r}: must be 'sklearn' or 'faiss'.")
         if training_steps is not None and training_steps < 1:
             raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
         self.model: CprModel = CprModel(
@@ -172,6 +177,7 @@ class Cpr(AnomalibModule):
             max_references=max_references,
             bank_on_host=bank_on_host,
         )
+        self.clustering_backend = clustering_backend
         self.kind = kind
         self.anomaly_source_path = anomaly_source_path
         self.known_anomalies = known_anomalies
@@ -380,7 +386,9 @@ class Cpr(AnomalibModule):
         with stage("Features"):
             samples = collect_samples(model, self._track("Features", batches)(self._batches(images)), count, seed)
         with stage("Codebook"):
-            words = cluster_centres(samples["anywhere"], len(model.global_retriever.codebook), seed)
+            words = cluster_centres(
+                samples["anywhere"], len(model.global_retriever.codebook), seed, self.clustering_backend
+            )
             model.global_retriever.codebook.copy_(torch.from_numpy(words))
         with stage("Foreground"):
             self._learn_foreground(samples, seed)
@@ -398,7 +406,7 @@ class Cpr(AnomalibModule):
             category = getattr(datamodule, "category", None)
             kind = known_kind(datamodule, category)
             reason = f"category {category!r} of {type(datamodule).__name__}"
-        discriminant = estimate_foreground(samples, seed) if kind != "texture" else None
+        discriminant = estimate_foreground(samples, seed, self.clustering_backend) if kind != "texture" else None
         if kind is None:
             kind, reason = kind_from_features(discriminant)
             reason += "; overrule it with kind='object' or kind='texture'"

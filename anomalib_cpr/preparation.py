@@ -2,6 +2,7 @@
 """What is learned from the training images before the first step: codebook, foreground, histograms."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from .foreground import Discriminant, border_and_centre, fit_discriminant
 from .torch_model import CprModel
 
 SAMPLES = 50_000
+
+ClusteringBackend = Literal["sklearn", "faiss"]
 
 
 def collect_samples(
@@ -50,30 +53,69 @@ def collect_samples(
     return result
 
 
-def cluster_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+def cluster_centres(
+    features: np.ndarray, clusters: int, seed: int, backend: ClusteringBackend = "sklearn"
+) -> np.ndarray:
     """K-means with 10 restarts, as the authors run it.
 
     Args:
         features (np.ndarray): Of shape ``(count, channels)``.
         clusters (int): Number of centres.
         seed (int): Of the restarts.
+        backend (Literal["sklearn", "faiss"]): Library. They differ in how they start, and so in the centres.
 
     Returns:
         np.ndarray: Centres of shape ``(clusters, channels)``. Where there are fewer distinct features than clusters,
             centres repeat.
+
+    Raises:
+        ImportError: If faiss is asked for and not installed.
     """
     # One thread: sums of several threads are added in the order in which they finish, so that two runs would differ in
     # the last bits, and with them, in rare cases, everything that is retrieved.
     with threadpool_limits(limits=1):
+        if backend == "faiss":
+            return _faiss_centres(features, clusters, seed)
         return KMeans(clusters, n_init=10, random_state=seed % 2**32).fit(features).cluster_centers_.astype(np.float32)
 
 
-def estimate_foreground(samples: dict[str, np.ndarray], seed: int) -> Discriminant | None:
+def _faiss_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    try:
+        # Here and not above: faiss is an extra, and on macOS its OpenMP library clashes with torch's.
+        import faiss  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            "clustering_backend='faiss' needs faiss, which is not installed: pip install 'anomalib-cpr[faiss]', or "
+            "leave it at 'sklearn'."
+        ) from error
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        # By default faiss looks at 256 features per centre; here at all of them, as long as scikit-learn would.
+        means = faiss.Kmeans(
+            features.shape[1],
+            clusters,
+            niter=100,
+            nredo=10,
+            seed=seed % 2**31,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(features),
+        )
+        means.train(np.ascontiguousarray(features, dtype=np.float32))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return np.array(means.centroids, dtype=np.float32)
+
+
+def estimate_foreground(
+    samples: dict[str, np.ndarray], seed: int, backend: ClusteringBackend = "sklearn"
+) -> Discriminant | None:
     """Learn to tell foreground from background.
 
     Args:
         samples (dict[str, np.ndarray]): From :func:`collect_samples`.
         seed (int): Of the clustering.
+        backend (Literal["sklearn", "faiss"]): Of the clustering.
 
     Returns:
         Discriminant | None: None if the border of the images looks like their middle.
@@ -86,7 +128,7 @@ def estimate_foreground(samples: dict[str, np.ndarray], seed: int) -> Discrimina
             samples["inner_ring"],
             samples["centre"],
             samples["anywhere"],
-            cluster_centres(samples["anywhere"], 2, seed),
+            cluster_centres(samples["anywhere"], 2, seed, backend),
         )
 
 

@@ -419,6 +419,7 @@ class TestBadInput:
         [
             ({"kind": "thing"}, "kind='thing': must be 'object', 'texture' or 'auto'"),
             ({"k": 0}, "k=0"),
+            ({"clustering_backend": "scipy"}, "clustering_backend='scipy'"),
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
             ({"image_size": 64, "pre_processor": False}, "image_size=64 is for the default pre-processor"),

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -44,14 +46,23 @@ def test_samples_are_limited_and_repeat(model):
     assert not np.array_equal(first["anywhere"], other["anywhere"])
 
 
-def test_cluster_centres_find_the_clusters():
+@pytest.mark.parametrize("backend", ["sklearn", "faiss"])
+def test_cluster_centres_find_the_clusters(backend):
+    if backend == "faiss":
+        pytest.importorskip("faiss", reason="faiss is an extra: pip install 'anomalib-cpr[faiss]'")
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=300)
     features = (labels[:, None] * 10 + rng.normal(size=(300, 5))).astype(np.float32)
-    centres = cluster_centres(features, 3, seed=0)
+    centres = cluster_centres(features, 3, 0, backend)
     found = np.linalg.norm(features[:, None] - centres, axis=2).argmin(1)
     assert adjusted_rand_score(labels, found) == 1
-    assert np.array_equal(centres, cluster_centres(features, 3, seed=0))
+    assert np.array_equal(centres, cluster_centres(features, 3, 0, backend))
+
+
+def test_missing_faiss_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"anomalib-cpr\[faiss\]"):
+        cluster_centres(np.zeros((5, 2), np.float32), 2, 0, "faiss")
 
 
 def test_foreground_finds_the_object(model):
