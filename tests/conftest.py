@@ -13,8 +13,9 @@ TINY_BACKBONE = {"backbone": "test_resnet", "layers": ["layer1", "layer2"], "pre
 def pytest_collection_modifyitems(items):
     """Run the tests of exports and their runtimes last.
 
-    Twice, CPython 3.11 crashed in ``subprocess.Popen`` some tests after them, in one process with everything else (a
-    code object's memory was gone); on their own, and without them, no run did. The README's command gives them a process.
+    Twice, CPython 3.11 crashed in ``subprocess.Popen`` some tests after them, in one process with everything else: the
+    memory of a code object was gone. On their own, and without them, no run did. The README's command gives them a
+    process of their own.
     """
     items.sort(key=lambda item: item.path.name in {"test_export.py", "test_parity.py"})
 
