@@ -91,6 +91,8 @@ class Cpr(AnomalibModule):
             bank and inference stay in float32. ``auto`` takes bfloat16 where the device computes with it.
         image_size (Sequence[int] | int | None): Height and width to which the default pre-processor resizes, in pixels,
             divisible by 8; one number for both. None means 320.
+        seed (int | None): Of heads and training. None takes the generator of torch as it stands, e.g. after
+            ``seed_everything``; anomalib 2.7's command line has an option of that name, but never applies it.
         resume_point_minutes (float): Time between the points from which an interrupted training can be resumed.
         pre_processor (nn.Module | bool): Pre-processor, or whether to use the default one.
         post_processor (nn.Module | bool): Post-processor, or whether to use the default one.
@@ -140,6 +142,7 @@ class Cpr(AnomalibModule):
         eight_bit_training: bool = False,
         training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
         image_size: Sequence[int] | int | None = None,
+        seed: int | None = None,
         resume_point_minutes: float = 10.0,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -163,20 +166,23 @@ class Cpr(AnomalibModule):
             raise ValueError(f"clustering_backend={clustering_backend!r}: must be 'sklearn' or 'faiss'.")
         if training_steps is not None and training_steps < 1:
             raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
-        self.model: CprModel = CprModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            backbone_weights=backbone_weights,
-            descriptor_channels=descriptor_channels,
-            k=k,
-            window_sizes=window_sizes,
-            codebook_size=codebook_size,
-            blocks=blocks,
-            bank_dtype=bank_dtype,
-            max_references=max_references,
-            bank_on_host=bank_on_host,
-        )
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model: CprModel = CprModel(
+                backbone=backbone,
+                layers=layers,
+                pre_trained=pre_trained,
+                backbone_weights=backbone_weights,
+                descriptor_channels=descriptor_channels,
+                k=k,
+                window_sizes=window_sizes,
+                codebook_size=codebook_size,
+                blocks=blocks,
+                bank_dtype=bank_dtype,
+                max_references=max_references,
+                bank_on_host=bank_on_host,
+            )
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.anomaly_source_path = anomaly_source_path
@@ -193,6 +199,7 @@ class Cpr(AnomalibModule):
         self.resume_point_minutes = resume_point_minutes
 
         self.resolved_kind: Kind | None = None if kind == "auto" else kind
+        self._given_seed = seed
         self.seed: int | None = None
         self.training_paths: list[str] = []
         self.saves_bank = True
@@ -326,7 +333,7 @@ class Cpr(AnomalibModule):
         """Read the images, learn codebook and foreground, and find the neighbours; skip what a checkpoint holds."""
         resumed = self.trainer.ckpt_path is not None and self.model.global_retriever.is_fitted
         if self.seed is None or not resumed:
-            self.seed = torch.initial_seed() % 2**63
+            self.seed = torch.initial_seed() % 2**63 if self._given_seed is None else self._given_seed
         if not resumed:
             self.resolved_kind = None if self.kind == "auto" else self.kind
         # What may be missing comes first, so that nobody waits for an error.

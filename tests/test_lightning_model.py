@@ -138,6 +138,17 @@ def test_heads_are_centred_once_before_the_first_step(engine, tiny_model, tiny_d
     assert len(centred) == 2, "neither trained heads nor those of the paper"
 
 
+def test_a_seed_of_its_own_gives_one_result(engine, tiny_model, tiny_datamodule):
+    """For anomalib's command line, which takes --seed_everything and never applies it."""
+    results = []
+    for _ in range(2):
+        torch.seed()
+        model = tiny_model(seed=3)
+        engine(max_steps=2, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+        results.append(weights(model.model))
+    assert_same(*results)
+
+
 def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **limits):
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
         engine(callbacks=[Spy(stop_at, error)], limit_val_batches=0, **limits).fit(model, datamodule=datamodule)

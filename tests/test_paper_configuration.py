@@ -40,7 +40,7 @@ def test_values_are_those_of_the_authors_code():
 def train(folder, *arguments, **options):
     changes = [f"--model.init_args.{name}={value}" for name, value in TINY_BACKBONE.items()]
     data = ["--data", "MVTecAD", "--data.root", "data", "--data.category", "screw", "--data.num_workers", "0"]
-    limits = ["--data.train_batch_size", "2", "--trainer.max_steps", "2", "--seed_everything", "66"]
+    limits = ["--data.train_batch_size", "2", "--trainer.max_steps", "2", "--model.seed", "66"]
     command = ["train", "--model", CONFIGURATION, *changes, *data, *limits, *arguments]
     return anomalib(*command, folder=folder, **options)
 
