@@ -194,13 +194,14 @@ def peaks(anomaly_map: Tensor, count: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def explain(model: CprModel, image: Tensor, patches: int = PATCHES) -> Explanation:
+def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int = 1) -> Explanation:
     """Take a prediction apart.
 
     Args:
         model (CprModel): A fitted model, in evaluation mode.
         image (Tensor): One normalised image of shape ``(1, 3, height, width)``.
         patches (int): Hot patches to be followed to their match.
+        copies (int): So many consecutive images of the bank show one photograph (``Cpr.copies_in_bank``).
 
     Returns:
         Explanation: On the CPU.
@@ -217,7 +218,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES) -> Explanati
     chosen, foregrounds = model.retrieve(features[0])
     references = chosen[0]
     distances = histogram_distance(retriever(features[0]), bank.histograms)[0, references]
-    usual = usual_distances(bank.histograms)
+    usual = usual_distances(bank.histograms, copies)
 
     matches = [
         best_match(query[0], stored_descriptors(model, scale, references), window)
@@ -227,7 +228,17 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES) -> Explanati
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
     hot = [
-        _follow(model, pixel, float(anomaly_map[pixel]), references, matches, foreground, reference_foregrounds, unlike)
+        _follow(
+            model,
+            pixel,
+            float(anomaly_map[pixel]),
+            references,
+            matches,
+            foreground,
+            reference_foregrounds,
+            unlike,
+            copies,
+        )
         for pixel in peaks(anomaly_map, patches)
     ]
     return Explanation(
@@ -277,25 +288,32 @@ def foreground_in_use(explanation: Explanation) -> Tensor:
     return F.interpolate(foregrounds[None], size, mode="bilinear")[0].amax(0)
 
 
-def usual_distances(histograms: Tensor) -> Tensor:
+def usual_distances(histograms: Tensor, copies: int = 1) -> Tensor:
     """Distance of training images to their nearest neighbour: what a query's distance is to be compared with.
 
     Args:
         histograms (Tensor): Of the gallery, ``(gallery, blocks, words)``. Of more than 512, so many are looked at.
+        copies (int): So many consecutive images show one photograph, and do not count as each other's neighbours.
 
     Returns:
-        Tensor: Sorted, on the CPU; empty if there is only one image.
+        Tensor: Sorted, on the CPU; empty if there is only one photograph.
     """
     count = len(histograms)
-    if count < 2:
+    if count <= copies:
         return torch.zeros(0)
     chosen = torch.linspace(0, count - 1, min(count, SURVEYED)).round().long().to(histograms.device)
     nearest = []
     for part in chosen.split(64):
-        distances = histogram_distance(histograms[part], histograms)
-        distances[torch.arange(len(part)), part] = float("inf")
+        distances = _distances_to_others(histograms, part, copies)
         nearest.append(distances.amin(1))
     return torch.cat(nearest).sort().values.cpu()
+
+
+def _distances_to_others(histograms: Tensor, chosen: Tensor, copies: int) -> Tensor:
+    """Histogram distances of chosen images to all, infinite to the own photograph: ``(chosen, gallery)``."""
+    distances = histogram_distance(histograms[chosen], histograms)
+    photographs = torch.arange(len(histograms), device=histograms.device) // copies
+    return distances.masked_fill_(photographs[chosen, None] == photographs, float("inf"))
 
 
 def _follow(
@@ -307,6 +325,7 @@ def _follow(
     foreground: Tensor,
     reference_foregrounds: Tensor,
     unlike: float,
+    copies: int,
 ) -> HotPatch:
     """Follow a hot pixel to the cells and matches that made it hot."""
     fine, weight = matches[0].distance, torch.maximum(foreground, reference_foregrounds.amax(0))
@@ -327,7 +346,7 @@ def _follow(
                 reference=int(match.reference[cell]),
                 distance=float(match.distance[cell]),
                 per_reference=match.per_reference[:, cell[0], cell[1]].tolist(),
-                on_good_parts=_distances_on_good_parts(model, references, level, cell),
+                on_good_parts=_distances_on_good_parts(model, references, level, cell, copies),
             )
         )
     own, others = float(foreground[row, column]), float(reference_foregrounds[:, row, column].max())
@@ -335,14 +354,15 @@ def _follow(
     return HotPatch(pixel, value, scales, own, others, cause, verdict)
 
 
-def _distances_on_good_parts(model: CprModel, references: Tensor, level: int, cell: tuple[int, int]) -> list[float]:
+def _distances_on_good_parts(
+    model: CprModel, references: Tensor, level: int, cell: tuple[int, int], copies: int
+) -> list[float]:
     """What each reference shows at a place when it is the query, compared with its own references."""
     histograms = model.bank.histograms
-    if len(histograms) < 2:
+    if len(histograms) <= copies:
         return []
-    distances = histogram_distance(histograms[references], histograms)
-    distances[torch.arange(len(references)), references] = float("inf")
-    neighbours = distances.topk(min(model.k, len(histograms) - 1), dim=1, largest=False).indices
+    distances = _distances_to_others(histograms, references, copies)
+    neighbours = distances.topk(min(model.k, len(histograms) - copies), dim=1, largest=False).indices
     radius, (row, column) = model.window_sizes[level] // 2, cell
     rows = slice(max(0, row - radius), row + radius + 1)
     columns = slice(max(0, column - radius), column + radius + 1)
@@ -404,14 +424,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.mask is not None and len(images) != 1:
         raise SystemExit(f"--mask belongs to one image, {len(images)} were given.")
     module = load(arguments.ckpt, torch.device(arguments.device))
-    reader = ImageReader(module.pre_processor, module.device)
+    reader = ImageReader(module.pre_processor, module.device, module.rotations)
     files = find_training_images(module.training_paths, arguments.train_images)
     files = identify_gallery(module.model, reader, files)
     if not any(files):
         print("The training images were not found: references are shown without picture. See --train-images.")
     for file in images:
         colours = reader.colours(file)
-        explanation = explain(module.model, reader.normalize(colours), arguments.patches)
+        explanation = explain(module.model, reader.normalize(colours), arguments.patches, module.copies_in_bank)
         mask = None
         if arguments.mask is not None:
             mask = reader.colours(arguments.mask)[0] > 0.5

@@ -85,13 +85,13 @@ class ExplanationVisualizer(ImageVisualizer):
         if not paths:  # a checkpoint that does not name them; the data module may
             samples = getattr(getattr(getattr(trainer, "datamodule", None), "train_data", None), "samples", None)
             paths = [] if samples is None else [str(path) for path in samples["image_path"]]
-        reader = ImageReader(module.pre_processor, module.device)
+        reader = ImageReader(module.pre_processor, module.device, module.rotations)
         self._files = identify_gallery(module.model, reader, find_training_images(paths, self.train_images))
 
     def _explain(self, trainer: Trainer, module: Cpr, batch: ImageBatch, index: int) -> None:
         image = cast("Tensor", batch.image)[index : index + 1]
-        reader = ImageReader(module.pre_processor, image.device)
-        explanation = explain(module.model, image.as_subclass(Tensor), self.patches)
+        reader = ImageReader(module.pre_processor, image.device, module.rotations)
+        explanation = explain(module.model, image.as_subclass(Tensor), self.patches, module.copies_in_bank)
         masks = batch.gt_mask
         source = batch.image_path[index] if batch.image_path is not None else f"{self._explained:04}.png"
         datamodule = getattr(trainer, "datamodule", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .global_retrieval import assign_words
 from .progress import progress_bar
 from .torch_model import CprModel
-from .training_images import read_colours, split_transform
+from .training_images import read_colours, split_transform, turn
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -58,10 +58,10 @@ def identify_gallery(model: CprModel, reader: "ImageReader", files: Sequence[Pat
         return [None] * len(gallery)
     track = progress_bar("Looking for the references", len(known), enabled=True)
     own = torch.cat(
-        [model.global_retriever(model.feature_extractor(reader.normalize(reader.colours(f)))[0]) for f in track(known)]
+        [model.global_retriever(model.feature_extractor(reader.normalize(reader.copies(f)))[0]) for f in track(known)]
     )
     nearest = torch.cdist(gallery.flatten(1).float(), own.flatten(1).float(), p=1).argmin(1)
-    return [known[int(index)] for index in nearest]
+    return [known[int(index) // len(reader.angles)] for index in nearest]
 
 
 def image_files(path: Path) -> list[Path]:
@@ -92,19 +92,26 @@ class ImageReader:
     Args:
         pre_processor (nn.Module | None): The model's.
         device (torch.device): Where normalised images are wanted.
+        rotations (Sequence[float]): Angles of the turned copies that the gallery holds too, in degrees.
     """
 
-    def __init__(self, pre_processor: nn.Module | None, device: torch.device) -> None:
+    def __init__(self, pre_processor: nn.Module | None, device: torch.device, rotations: Sequence[float] = ()) -> None:
         self.resize, self._normalize = split_transform(getattr(pre_processor, "transform", None))
         self.device = device
+        self.angles = (0.0, *rotations)
 
     def colours(self, file: Path) -> Tensor:
         """Resized image in 0..1, ``(3, height, width)``, on the CPU."""
         return self.resize(read_colours(file)[None])[0]
 
+    def copies(self, file: Path) -> Tensor:
+        """The image and its turned copies in 0..1, ``(len(angles), 3, height, width)``, on the CPU."""
+        colours = self.colours(file)
+        return torch.stack([turn(colours, degrees) if degrees else colours for degrees in self.angles])
+
     def normalize(self, colours: Tensor) -> Tensor:
-        """As the backbone expects it: ``(3, height, width)`` to ``(1, 3, height, width)``."""
-        image = colours[None].to(self.device)
+        """As the backbone expects it: ``(3, height, width)`` or a batch to ``(batch, 3, height, width)``."""
+        image = (colours if colours.ndim == 4 else colours[None]).to(self.device)
         return image if self._normalize is None else self._normalize(image)
 
     def denormalize(self, image: Tensor) -> Tensor:
@@ -154,11 +161,15 @@ def reference_pictures(
         if file is None:
             pictures.append(ReferencePicture(name=f"training image {index}"))
             continue
-        colours = reader.colours(file)
-        features = model.feature_extractor(reader.normalize(colours))[0].float()
-        own = model.global_retriever(features)[0]
+        copies = reader.copies(file)
+        features = model.feature_extractor(reader.normalize(copies))[0].float()
+        own = model.global_retriever(features)
         # Other hardware moves a few cells to another word; another image moves most of them.
-        difference = float((own - model.bank.histograms[index].to(own)).abs().sum() / (2 * len(own)))
-        words = assign_words(features, model.global_retriever.codebook)[0].cpu()
-        pictures.append(ReferencePicture(file.name, colours, words, as_trained=difference < 0.05))
+        differences = (own - model.bank.histograms[index].to(own)).abs().sum((1, 2)) / (2 * own.shape[1])
+        copy = int(differences.argmin())
+        words = assign_words(features, model.global_retriever.codebook)[copy].cpu()
+        angle = f", turned by {reader.angles[copy]:g}°" if copy else ""
+        pictures.append(
+            ReferencePicture(file.name + angle, copies[copy], words, as_trained=float(differences[copy]) < 0.05)
+        )
     return pictures

@@ -212,7 +212,13 @@ class GlobalRetriever(nn.Module):
 
     @staticmethod
     def nearest(
-        histograms: Tensor, gallery: Tensor, k: int, *, exclude_self: bool = False, roots: Tensor | None = None
+        histograms: Tensor,
+        gallery: Tensor,
+        k: int,
+        *,
+        exclude_self: bool = False,
+        copies: int = 1,
+        roots: Tensor | None = None,
     ) -> Tensor:
         """Indices of the nearest gallery images, the most similar first.
 
@@ -221,6 +227,8 @@ class GlobalRetriever(nn.Module):
             gallery (Tensor): Gallery histograms of shape ``(gallery, blocks, words)``.
             k (int): Number of references; the whole gallery if it is smaller.
             exclude_self (bool): The queries *are* the gallery, and no image may retrieve itself.
+            copies (int): So many consecutive gallery images show one photograph; with ``exclude_self``, none of them
+                retrieves another.
             roots (Tensor | None): Of :func:`roots_of` the gallery; with them, a large gallery is searched by shortlist.
 
         Returns:
@@ -228,20 +236,20 @@ class GlobalRetriever(nn.Module):
         """
         count = gallery.shape[0]
         if exclude_self:
-            return _nearest_others(gallery, min(k, count - 1))
+            return _nearest_others(gallery, min(k, count - copies), copies)
         if roots is not None and count > 2 * SHORTLIST and k <= SHORTLIST:
             return nearest_of_many(histograms, gallery, roots, k)
         return smallest(histogram_distance(histograms, gallery), min(k, count))
 
 
-def _nearest_others(gallery: Tensor, k: int) -> Tensor:
+def _nearest_others(gallery: Tensor, k: int, copies: int) -> Tensor:
     """Nearest other images of each image, some images at a time: all at once, 10,000 images would take 10 GB."""
     count, blocks = gallery.shape[:2]
     step = max(1, _BLOCK_BYTES // (4 * count * blocks))
     found = []
     for start in range(0, count, step):
         distances = histogram_distance(gallery[start : start + step], gallery)
-        own = torch.arange(len(distances), device=gallery.device)
-        distances[own, own + start] = float("inf")
+        photograph = torch.arange(count, device=gallery.device) // copies
+        distances[photograph[start : start + step, None] == photograph] = float("inf")
         found.append(smallest(distances, k))
     return torch.cat(found)

@@ -33,7 +33,7 @@ from .resume_point import ResumePoint
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training import TrainingData, draw_image_pairs, frozen_features, step_precision, training_autocast, training_loss
-from .training_images import TrainingImages, load_training_images, split_transform
+from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Cpr(AnomalibModule):
             the device; for banks that outgrow a GPU.
         kind (Literal["object", "texture", "auto"]): Objects get a foreground estimate, textures do not. ``auto`` knows
             the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
+        rotations (Sequence[float]): Angles in degrees, by which turned copies join each training image, for parts that
+            lie at any angle. Memory and preparation grow in proportion, the time of a prediction does not.
         anomaly_source_path (str | Path | None): Folder of texture images (e.g. DTD) for synthetic anomalies. None
             draws procedural textures.
         known_anomalies (int | Sequence[int] | str | Path | None): A few real defects to learn from as well: a folder of
@@ -130,6 +132,7 @@ class Cpr(AnomalibModule):
         max_references: int | None = None,
         bank_on_host: bool = False,
         kind: Literal["object", "texture", "auto"] = "auto",
+        rotations: Sequence[float] = (),
         anomaly_source_path: str | Path | None = None,
         known_anomalies: int | Sequence[int] | str | Path | None = None,
         known_anomaly_masks: str | Path | None = None,
@@ -156,16 +159,18 @@ class Cpr(AnomalibModule):
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        if kind not in {"object", "texture", "auto"}:
-            raise ValueError(f"kind={kind!r}: must be 'object', 'texture' or 'auto'.")
-        if learning_rate_schedule not in {"cosine", "constant"}:
-            raise ValueError(f"learning_rate_schedule={learning_rate_schedule!r}: must be 'cosine' or 'constant'.")
-        if training_precision not in {"auto", "float32", "bfloat16"}:
-            raise ValueError(f"training_precision={training_precision!r}: must be 'auto', 'float32' or 'bfloat16'.")
-        if clustering_backend not in {"sklearn", "faiss"}:
-            raise ValueError(f"clustering_backend={clustering_backend!r}: must be 'sklearn' or 'faiss'.")
+        for name, value, choices in (
+            ("kind", kind, ("object", "texture", "auto")),
+            ("learning_rate_schedule", learning_rate_schedule, ("cosine", "constant")),
+            ("training_precision", training_precision, ("auto", "float32", "bfloat16")),
+            ("clustering_backend", clustering_backend, ("sklearn", "faiss")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
         if training_steps is not None and training_steps < 1:
             raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
+        if len({angle % 360 for angle in (0, *rotations)}) <= len(rotations):
+            raise ValueError(f"rotations={list(rotations)}: expected angles in degrees, none twice and none of them 0.")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -185,6 +190,7 @@ class Cpr(AnomalibModule):
             )
         self.clustering_backend = clustering_backend
         self.kind = kind
+        self.rotations = tuple(rotations)
         self.anomaly_source_path = anomaly_source_path
         self.known_anomalies = known_anomalies
         self.known_anomaly_masks = known_anomaly_masks
@@ -347,6 +353,7 @@ class Cpr(AnomalibModule):
             images = load_training_images(
                 loader, getattr(self.pre_processor, "transform", None), self.seed, self._track("Training images", total)
             )
+        images = with_turned_copies(images, self.rotations)
         self.training_paths = images.paths
         if resumed:
             self._check_resumed(images)
@@ -355,7 +362,11 @@ class Cpr(AnomalibModule):
         self._described = (self.model.bank.histograms, self.model.bank.foregrounds)
         self._trained_on = len(images)
         neighbours = self.model.global_retriever.nearest(
-            self.model.bank.histograms, self.model.bank.histograms, self.model.k, exclude_self=True
+            self.model.bank.histograms,
+            self.model.bank.histograms,
+            self.model.k,
+            exclude_self=True,
+            copies=images.copies,
         )
         assert self.resolved_kind is not None  # noqa: S101 - narrows the type: decided above or in the checkpoint
         self._training_data = TrainingData(
@@ -650,6 +661,11 @@ class Cpr(AnomalibModule):
         return quantise(model, datamodule)
 
     # --- helpers
+
+    @property
+    def copies_in_bank(self) -> int:
+        """How many consecutive images of the bank show one photograph; 1 if ``max_references`` has left some out."""
+        return 1 + len(self.rotations) if len(self.model.bank) == len(self.training_paths) else 1
 
     @property
     def _preparation_batch(self) -> int:

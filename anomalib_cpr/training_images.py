@@ -2,6 +2,7 @@
 """The training images, each decoded once and kept in memory as the pre-processor leaves them."""
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -24,11 +26,15 @@ class TrainingImages:
         images (Tensor): Of shape ``(count, 3, height, width)``, float32 in 0..1.
         normalize (v2.Normalize | None): Normalisation of the pre-processor; None if it has none.
         paths (Sequence[str]): Where each image was read from, as far as that is known.
+        copies (int): So many consecutive images show one photograph, see :func:`with_turned_copies`.
     """
 
-    def __init__(self, images: Tensor, normalize: v2.Normalize | None, paths: Sequence[str] = ()) -> None:
+    def __init__(
+        self, images: Tensor, normalize: v2.Normalize | None, paths: Sequence[str] = (), copies: int = 1
+    ) -> None:
         self.images = images
         self.paths = list(paths)
+        self.copies = copies
         self._normalize = normalize
 
     def __len__(self) -> int:
@@ -116,6 +122,49 @@ def load_training_images(
             else "All training images are labelled anomalous; CPR learns from good ones."
         )
     return TrainingImages(images[:count], normalize, paths)
+
+
+def with_turned_copies(images: TrainingImages, rotations: Sequence[float]) -> TrainingImages:
+    """Add copies of the images, turned by some angles.
+
+    A part that lies at any angle finds references at nearly its own angle only among many images, and a few degrees
+    more are cells beside the window at the ends of a long part. Copies fill the gaps.
+
+    Args:
+        images (TrainingImages): The images.
+        rotations (Sequence[float]): Angles in degrees, counter-clockwise.
+
+    Returns:
+        TrainingImages: Each image, followed by its copies.
+    """
+    if not rotations:
+        return images
+    copies = 1 + len(rotations)
+    turned = images.images.new_empty(len(images) * copies, *images.images.shape[1:])
+    turned[::copies] = images.images
+    for place, degrees in enumerate(rotations, start=1):
+        for index, image in enumerate(images.images):  # one at a time: all at once take as much memory again
+            turned[index * copies + place] = turn(image, degrees)
+    paths = [path for path in images.paths for _ in range(copies)]
+    return TrainingImages(turned, images._normalize, paths, copies)  # noqa: SLF001
+
+
+def turn(image: Tensor, degrees: float) -> Tensor:
+    """Turn an image about its centre; what comes in at the corners is the image mirrored at its edges.
+
+    Args:
+        image (Tensor): Of shape ``(channels, height, width)``.
+        degrees (float): Angle, counter-clockwise.
+
+    Returns:
+        Tensor: Same shape.
+    """
+    height, width = image.shape[-2:]
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # From the place in the turned image to that in the image, both in -1..1; y points down.
+    matrix = image.new_tensor([[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]])
+    grid = F.affine_grid(matrix[None], [1, 1, height, width], align_corners=False)
+    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
 def read_colours(file: str | Path) -> Tensor:

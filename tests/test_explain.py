@@ -122,6 +122,7 @@ def test_usual_distances_leave_out_the_image_itself():
     distances = histogram_distance(histograms, histograms).fill_diagonal_(float("inf"))
     torch.testing.assert_close(usual_distances(histograms), distances.amin(1).sort().values)
     assert len(usual_distances(histograms[:1])) == 0
+    assert len(usual_distances(histograms[:3], copies=3)) == 0
 
 
 def test_a_hot_patch_is_followed_to_the_match_of_its_cell(run, query):

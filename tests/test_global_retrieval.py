@@ -169,3 +169,16 @@ def test_no_image_finds_itself_block_by_block(monkeypatch):
         others = [i for i in distances[image].argsort().tolist() if i != image]
         assert torch.allclose(distances[image, row], distances[image, others[:4]])
         assert image not in row
+
+
+def test_no_image_finds_a_copy_of_itself(monkeypatch):
+    histograms = similar_histograms(24, 0, torch.Generator().manual_seed(9))
+    distances = histogram_distance(histograms, histograms)
+    for block_bytes in (10**9, 4 * 24 * 25 * 5):
+        monkeypatch.setattr(global_retrieval, "_BLOCK_BYTES", block_bytes)
+        found = GlobalRetriever.nearest(histograms, histograms, 4, exclude_self=True, copies=3)
+        for image, row in enumerate(found.tolist()):
+            others = [i for i in distances[image].argsort().tolist() if i // 3 != image // 3]
+            torch.testing.assert_close(distances[image, row], distances[image, others[:4]])
+            assert all(other // 3 != image // 3 for other in row)
+    assert GlobalRetriever.nearest(histograms, histograms, 99, exclude_self=True, copies=3).shape == (24, 21)

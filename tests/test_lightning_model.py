@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchvision.transforms import v2
 
 from anomalib_cpr import drawing, lightning_model
+from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
 from anomalib_cpr.metric_head import MetricHead
 
@@ -83,6 +84,27 @@ def test_image_size(engine, tiny_model, tiny_datamodule, tmp_path, image_size, e
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     loaded = Cpr.load_from_checkpoint(checkpoint, weights_only=True).eval()
     assert loaded(torch.rand(1, 3, 50, 70)).anomaly_map.shape[-2:] == expected
+
+
+def test_turned_copies_join_the_gallery(engine, tiny_model, tiny_datamodule, tmp_path):
+    """The pairs of a step never show one photograph twice, and `explain` finds out which copy a reference is."""
+    model = tiny_model(rotations=[90, -5], k=3)
+    seen = []
+    compare = model.compare_pairs
+    model.compare_pairs = lambda *a: seen.append(model._training_data.neighbours) or compare(*a)
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    assert len(model.model.bank) == 18, "6 images, each with 2 copies"
+    assert (seen[0] // 3 != torch.arange(18)[:, None] // 3).all()
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    assert (loaded.rotations, loaded.copies_in_bank) == ((90, -5), 3)
+    reader = ImageReader(loaded.pre_processor, loaded.device, loaded.rotations)
+    files = find_training_images(loaded.training_paths)
+    pictures = reference_pictures(loaded.model, reader, files, [3, 4, 5])
+    assert all(picture.as_trained for picture in pictures)
+    name = files[3].name
+    assert [picture.name for picture in pictures] == [name, f"{name}, turned by 90°", f"{name}, turned by -5°"]
+    torch.testing.assert_close(pictures[1].colours, pictures[0].colours.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
 
 def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):
@@ -428,6 +450,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ({"rotations": [5, 365]}, r"rotations=\[5, 365\]: expected angles in degrees, none twice"),
+            ({"rotations": [0]}, r"rotations=\[0\]"),
             ({"kind": "thing"}, "kind='thing': must be 'object', 'texture' or 'auto'"),
             ({"k": 0}, "k=0"),
             ({"clustering_backend": "scipy"}, "clustering_backend='scipy'"),

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
@@ -8,7 +9,7 @@ from conftest import write_mvtec
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from anomalib_cpr.training_images import load_training_images, split_transform
+from anomalib_cpr.training_images import TrainingImages, load_training_images, split_transform, turn, with_turned_copies
 
 NORMALIZE = v2.Normalize([0.5] * 3, [0.25] * 3)
 
@@ -115,3 +116,44 @@ def test_pixels_are_those_of_the_file(mvtec_root):
     assert torch.equal(
         (loaded.images[0] * 255).round().byte(), torch.from_numpy(cv2.imread(path)[..., ::-1].copy()).permute(2, 0, 1)
     )
+
+
+def slow_turn(image, degrees):
+    """Bilinear reading of each turned pixel, the image continued by its mirror image."""
+    height, width = image.shape
+
+    def pixel(y, x):
+        y, x = y % (2 * height), x % (2 * width)
+        return image[min(y, 2 * height - 1 - y), min(x, 2 * width - 1 - x)]
+
+    result = np.zeros((height, width))
+    cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    for y, x in np.ndindex(height, width):
+        right, up = x + 0.5 - width / 2, height / 2 - y - 0.5
+        # counter-clockwise by the angle: what is seen here lay clockwise by it
+        from_right, from_up = cosine * right + sine * up, cosine * up - sine * right
+        column, row = from_right + width / 2 - 0.5, height / 2 - from_up - 0.5
+        left, top = int(np.floor(column)), int(np.floor(row))
+        for dy, dx in np.ndindex(2, 2):
+            weight = (1 - abs(column - left - dx)) * (1 - abs(row - top - dy))
+            result[y, x] += weight * pixel(top + dy, left + dx)
+    return result
+
+
+@pytest.mark.parametrize(("size", "degrees"), [((8, 8), 90), ((9, 14), 4), ((14, 9), -33.5), ((6, 6), 180)])
+def test_turn(size, degrees):
+    image = torch.rand(2, *size, generator=torch.Generator().manual_seed(8))
+    turned = turn(image, degrees)
+    for channel, own in zip(image, turned, strict=True):
+        np.testing.assert_allclose(own.numpy(), slow_turn(channel.double().numpy(), degrees), atol=1e-5)
+
+
+def test_turned_copies_follow_their_photograph():
+    images = TrainingImages(torch.rand(3, 3, 8, 8), NORMALIZE, ["a", "b", "c"])
+    more = with_turned_copies(images, [90, -5])
+    assert (len(more), more.copies, more.paths) == (9, 3, list("aaabbbccc"))
+    for index, image in enumerate(images.images):
+        assert torch.equal(more.images[3 * index], image)
+        torch.testing.assert_close(more.images[3 * index + 1], image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
+        assert torch.equal(more.images[3 * index + 2], turn(image, -5))
+    assert with_turned_copies(images, []) is images
