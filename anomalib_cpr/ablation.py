@@ -213,13 +213,14 @@ VARIANTS = {
     "likely positives count more": Variant(
         patches={"remote_weights": LIKELY_POSITIVES.remote_weights, "metric_loss": LIKELY_POSITIVES.metric_loss}
     ),
+    "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),
     "8 known defects": Variant({"known_anomalies": 8}),
     "texture": Variant({"kind": "texture"}),
     "windows 5 and 3": Variant({"window_sizes": [5, 3]}),
     "windows 9 and 5": Variant({"window_sizes": [9, 5]}),
     "windows over the whole map": Variant({"window_sizes": [999, 999]}),
 }
-SHORT_TRAINING = list(VARIANTS)[:15]
+SHORT_TRAINING = list(VARIANTS)[:16]
 
 
 def train_and_measure(name: str, category: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -247,7 +248,8 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         root=options.data_root, category=category, image_size=size, train_batch_size=options.batch_size
     )
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
-        _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}.pt")
+        copies = "".join(f"_{angle:g}" for angle in model.rotations)
+        _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}{copies}.pt")
         engine = Engine(
             max_steps=options.steps,
             limit_val_batches=0,
