@@ -16,6 +16,9 @@ from torch.nn import functional as F  # noqa: N812
 PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 
+# A window of so many cells is the whole map, however large the image.
+WHOLE_MAP = 999
+
 
 def match(
     query: Tensor,
