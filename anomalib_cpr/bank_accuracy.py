@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         content = {"environment": _environment(arguments, module), "rows": [asdict(result) for result in results]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.plot:
-        plot(results, f"{arguments.category}, {model.bank.descriptors_1.shape[1]} channels", arguments.plot)
+        plot(results, f"{arguments.category}, {model.bank.channels} channels", arguments.plot)
     return 0
 
 
@@ -127,7 +127,7 @@ def smaller_banks(bank: ReferenceBank, dtypes: Sequence[BankDtype], shares: Sequ
     for dtype in dtypes:
         for share in shares:
             few = max(1, round(share * len(bank)))
-            own = ReferenceBank(bank.descriptors_1.shape[1], bank.histograms.shape[2], blocks, dtype, few)
+            own = ReferenceBank(bank.channels, bank.histograms.shape[2], blocks, dtype, few)
             own.to(bank.histograms.device).load_state_dict(state)
             banks.append(own)
     return banks
@@ -184,7 +184,7 @@ def measure(
         everything = torch.cat(own_maps)
         results.append(
             BankResult(
-                bank_dtype=str(bank.dtype).removeprefix("torch."),
+                bank_dtype=bank.bank_dtype,
                 references=len(bank),
                 megabytes=bank.megabytes,
                 share=bank.megabytes / whole_mb,

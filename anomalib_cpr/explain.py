@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
+from .quantisation import restore
 from .torch_model import CprModel
 
 logger = logging.getLogger(__name__)
@@ -268,10 +269,8 @@ def stored_descriptors(model: CprModel, scale: int, images: Tensor) -> Tensor:
         Tensor: Float32, ``(count, channels, height, width)``, on the device of the indices.
     """
     held, factors = model.bank.descriptors[scale], model.bank.scales[scale]
-    found = held[images.to(held.device)].float()
-    if factors is not None:
-        found = found * factors[images.to(factors.device)]
-    return found.to(images.device)
+    chosen = images.to(held.device)
+    return restore(held[chosen], None if factors is None else factors[chosen], model.bank.channels).to(images.device)
 
 
 def foreground_in_use(explanation: Explanation) -> Tensor:

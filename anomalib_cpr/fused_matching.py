@@ -17,7 +17,7 @@ CHANNELS = 128  # at most so many channels at a time
 @triton.jit
 def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's language
     query,  # noqa: ANN001 - (batch, height, width, channels)
-    gallery,  # noqa: ANN001 - (gallery, height, width, channels)
+    gallery,  # noqa: ANN001 - (gallery, height, width, channels), or half as many channels where PACKED
     scales,  # noqa: ANN001 - (gallery, height, width), or anything where HAS_SCALES is false
     references,  # noqa: ANN001 - (batch, k)
     best,  # noqa: ANN001 - (batch, height, width)
@@ -27,6 +27,7 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
     channels,  # noqa: ANN001
     RADIUS: tl.constexpr,  # noqa: N803 - as Triton writes constants
     HAS_SCALES: tl.constexpr,  # noqa: N803
+    PACKED: tl.constexpr,  # noqa: N803 - two channels of 4 bits per byte
     CELLS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
 ):
@@ -34,6 +35,7 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     row, column = cell // width, cell % width
     channel = tl.arange(0, CHANNELS)
+    stored = (channels + 1) // 2 if PACKED else channels  # numbers of a descriptor in the gallery
     inside_image = cell < height * width
     own = (image.to(tl.int64) * height * width + cell)[:, None] * channels
     largest = tl.full((CELLS,), -2.0, tl.float32)
@@ -46,12 +48,23 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
                 inside = inside & (other_column >= 0) & (other_column < width)
                 other_cell = reference * height * width + other_row * width + other_column
                 similarity = tl.zeros((CELLS,), tl.float32)
-                for first in range(0, channels, CHANNELS):
+                square = tl.zeros((CELLS,), tl.float32)
+                for first in range(0, stored, CHANNELS):
                     offset = (first + channel)[None, :]
-                    mask = inside[:, None] & (offset < channels)
-                    theirs = tl.load(gallery + other_cell[:, None] * channels + offset, mask=mask, other=0)
-                    ours = tl.load(query + own + offset, mask=mask, other=0)
-                    similarity += tl.sum(ours.to(tl.float32) * theirs.to(tl.float32), 1)
+                    mask = inside[:, None] & (offset < stored)
+                    theirs = tl.load(gallery + other_cell[:, None] * stored + offset, mask=mask, other=0)
+                    ours = tl.load(query + own + offset, mask=mask, other=0).to(tl.float32)
+                    if PACKED:
+                        upper_mask = mask & (offset + stored < channels)
+                        lower = tl.where(mask, (theirs & 15).to(tl.float32) - 8, 0.0)
+                        upper = tl.where(upper_mask, (theirs >> 4).to(tl.float32) - 8, 0.0)
+                        ours_upper = tl.load(query + own + offset + stored, mask=upper_mask, other=0)
+                        similarity += tl.sum(ours * lower + ours_upper.to(tl.float32) * upper, 1)
+                        square += tl.sum(lower * lower + upper * upper, 1)
+                    else:
+                        similarity += tl.sum(ours * theirs.to(tl.float32), 1)
+                if PACKED:
+                    similarity /= tl.sqrt(tl.maximum(square, 1e-12))
                 if HAS_SCALES:
                     similarity *= tl.load(scales + other_cell, mask=inside, other=0)
                 largest = tl.maximum(largest, tl.where(inside, similarity, -2.0))
@@ -66,7 +79,7 @@ def match_fused(
     Args:
         query (Tensor): Unit descriptors of shape ``(batch, channels, height, width)``.
         gallery (Tensor): Unit descriptors of shape ``(gallery, channels, height, width)``, channels last in memory, as
-            the reference bank holds them; float32, float16 or int8.
+            the reference bank holds them; float32, float16, int8, or two channels per byte in uint8.
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
@@ -97,7 +110,8 @@ def match_fused(
         channels,
         RADIUS=window // 2,
         HAS_SCALES=scales is not None,
+        PACKED=gallery.dtype == torch.uint8,
         CELLS=CELLS,
-        CHANNELS=min(CHANNELS, triton.next_power_of_2(channels)),
+        CHANNELS=min(CHANNELS, triton.next_power_of_2(held.shape[-1])),
     )
     return best

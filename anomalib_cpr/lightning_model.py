@@ -38,7 +38,7 @@ from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_ste
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 2  # 1: no int8 banks, no max_references
+CHECKPOINT_FORMAT = 3  # 1: no int8 banks, no max_references; 2: no int4 banks
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
 
@@ -65,8 +65,8 @@ class Cpr(AnomalibModule):
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
             centres differ from scikit-learn's, so it is never chosen silently.
-        bank_dtype (Literal["float32", "float16", "int8"]): How the reference bank stores descriptors: 4, 2 or 1 bytes
-            per value. A checkpoint with a finer bank is converted when it is loaded.
+        bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the reference bank stores descriptors: 4, 2, 1
+            or half a byte per value. A checkpoint with a finer bank is converted when it is loaded.
         max_references (int | None): Keep at most so many training images in the reference bank, chosen so that they
             represent all; None keeps all. All images are trained on. A checkpoint with more is reduced when loaded.
         bank_on_host (bool): Leave the bank's descriptors in main memory and move only those of the K references to
@@ -381,7 +381,7 @@ class Cpr(AnomalibModule):
             f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will hold "
             f"{self.model.bank.count_for(len(images))} of them and take "
             f"{self.model.bank.size_for(len(images), cells):.0f} MB "
-            f"({str(self.model.bank.dtype).removeprefix('torch.')}) on "
+            f"({self.model.bank.bank_dtype}) on "
             f"{self.model.bank.descriptors_1.device}. "
             f"A step compares {self._batch_size} pairs of images (train_batch_size), in "
             f"{step_precision(self.training_precision, self.device)}."
@@ -437,14 +437,14 @@ class Cpr(AnomalibModule):
 
     def _check_resumed(self, images: TrainingImages) -> None:
         bank = self.model.bank
-        count, size = self._trained_on or len(bank.histograms), bank.foregrounds.shape[-2:]
-        if count != len(images) or tuple(side // 4 for side in images.size) != tuple(size):
+        count, size = self._trained_on or len(bank.histograms), bank.cells
+        if count != len(images) or tuple(side // 4 for side in images.size) != size:
             raise ValueError(
                 f"ckpt_path={self.trainer.ckpt_path} was trained on {count} images of {4 * size[0]}x{4 * size[1]} "
                 f"pixels, the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with "
                 "the same data, or train anew without ckpt_path."
             )
-        if len(bank.histograms) < count:  # a bank with max_references has forgotten the others
+        if not bank.holds_all_of(count):
             bank.clear()
             self._describe_globally(images)
         rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .quantisation import is_traced, restore, unpack
+
 PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 
@@ -35,8 +37,8 @@ def match(
 
     Args:
         query (Tensor): Unit descriptors of shape ``(batch, channels, height, width)``, float32.
-        gallery (Tensor): Unit descriptors of shape ``(gallery, channels, height, width)``, in any type, on any device:
-            only those of the references are moved and converted.
+        gallery (Tensor): Unit descriptors of shape ``(gallery, channels, height, width)``, in any type that the
+            reference bank has, on any device: only those of the references are moved and converted.
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
@@ -55,21 +57,16 @@ def match(
         raise ValueError("No references to match with: k must be at least 1.")
     if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
         similarity = match_everywhere(query, gallery, references, scales)[:, None]
-    elif fused and not _is_traced():
+    elif fused and not is_traced():
         from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
 
         similarity = match_fused(query, gallery, references, window, scales)[:, None]
-    elif query.device.type == "cpu" and gallery.device.type == "cpu" and not _is_traced():
+    elif query.device.type == "cpu" and gallery.device.type == "cpu" and not is_traced():
         similarity = match_cells(query, gallery, references, window, scales)
     else:
         similarity = match_shifts(query, gallery, references, window, scales)
     # Rounding may push a perfect match a little above 1; what matches nowhere has -2.
     return 1 - similarity.clamp(-1, 1)
-
-
-def _is_traced() -> bool:
-    """Whether an exporter or compiler is recording, for which indices must not become constants."""
-    return torch.compiler.is_exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def match_shifts(
@@ -94,13 +91,17 @@ def match_shifts(
     shifts = [(down, right) for down in _shifts(window, height) for right in _shifts(window, width)]
     best = query.new_full((), -2.0)
     for k in range(references.shape[1]):
-        # In this order: gathered first, then moved and converted, so that a large bank is never touched as a whole.
-        reference = gallery[references[:, k]].to(query.device).float()
-        if scales is not None:
-            reference = reference * scales[references[:, k]].to(query.device)
+        reference = _reference(gallery, scales, references[:, k], query)
         for down, right in shifts:
             best = torch.maximum(best, _shifted_similarity(query, reference, down, right, height, width))
     return best
+
+
+def _reference(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: Tensor) -> Tensor:
+    """One reference per query, as unit vectors on its device."""
+    # In this order: gathered first, then moved and converted, so that a large bank is never touched as a whole.
+    factors = None if scales is None else scales[chosen].to(query.device)
+    return restore(gallery[chosen].to(query.device), factors, query.shape[1])
 
 
 def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -120,9 +121,7 @@ def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales:
     references = references.to(gallery.device)
     best = [query.new_full((), -2.0)] * len(pieces)
     for k in range(references.shape[1]):
-        reference = gallery[references[:, k]].to(query.device).float()
-        if scales is not None:
-            reference = reference * scales[references[:, k]].to(query.device)
+        reference = _reference(gallery, scales, references[:, k], query)
         cells = reference.flatten(2)
         best = [torch.maximum(held, torch.bmm(piece, cells).amax(2)) for held, piece in zip(best, pieces, strict=True)]
     return torch.cat(best, dim=1).unflatten(1, (height, width))
@@ -190,6 +189,7 @@ def _match_image(
     # A chunk of rows, the rows above and below that its windows reach, and the cells before and after these. What lies
     # outside the image is compared too, and left out in the end.
     held = query.new_zeros((rows + 2 * down) * width + 2 * right, k, channels)
+    packed = gallery.dtype == torch.uint8
     held_factors = None if factors is None else query.new_zeros(held.shape[:2])
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -198,9 +198,12 @@ def _match_image(
         begin = right + (first - top + down) * width
         inside = slice(begin, begin + (last - first) * width)
         for index, reference in enumerate(chosen):
-            held[inside, index] = gallery[reference, first:last].reshape(-1, channels)
+            stored = gallery[reference, first:last].flatten(0, 1)
+            held[inside, index] = unpack(stored, channels) if packed else stored
             if held_factors is not None and factors is not None:
                 held_factors[inside, index] = factors[reference, first:last].reshape(-1)
+        if packed:
+            held_factors = held.norm(dim=2).clamp_min(1e-12).reciprocal()
         own = query[top:bottom].reshape(cells, 1, channels)
         for row_shift in range(-down, down + 1):
             start = (row_shift + down) * width * k

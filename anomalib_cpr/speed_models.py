@@ -13,7 +13,11 @@ from .presets import PRESETS
 from .reference_bank import BankDtype
 from .torch_model import CprModel
 
-SMALL_BANKS: dict[str, tuple[str, BankDtype]] = {"cpr_float16": ("cpr", "float16"), "cpr_int8": ("cpr", "int8")}
+SMALL_BANKS: dict[str, tuple[str, BankDtype]] = {
+    "cpr_float16": ("cpr", "float16"),
+    "cpr_int8": ("cpr", "int8"),
+    "cpr_int4": ("cpr", "int4"),
+}
 CORESET_SHARE = 0.1  # of PatchCore's bank, anomalib's default
 ROWS = ("naive", *PRESETS, *SMALL_BANKS, "patchcore_256", "patchcore", "padim", "efficientad_s", "rad")
 FUSED = "_fused"
@@ -224,6 +228,7 @@ def random_cpr(preset: dict, setting: Setting, dtype: BankDtype, device: torch.d
         block = [F.normalize(torch.randn(16, channels, *c, device=device), dim=1) for c in cells]
         for start in range(0, setting.gallery, 16):
             bank.write(start, [b[: setting.gallery - start] for b in block])
+        bank.keep(torch.arange(setting.gallery))
     return model
 
 

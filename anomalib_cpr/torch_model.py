@@ -36,7 +36,8 @@ class CprModel(nn.Module):
             map, for parts that lie anywhere.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
-        bank_dtype (Literal["float32", "float16", "int8"]): How the bank stores descriptors: 4, 2 or 1 bytes per value.
+        bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the bank stores descriptors: 4, 2, 1 or half a
+            byte per value.
         max_references (int | None): Keep at most so many training images, chosen to represent all; None keeps all.
         bank_on_host (bool): Leave the descriptors in main memory and move only those of the K references.
 
@@ -156,7 +157,7 @@ class CprModel(nn.Module):
         histograms = self.global_retriever(features)
         references = self.global_retriever.nearest(histograms, self.bank.histograms, self.k, roots=self.bank.roots)
         foreground = self.foreground_estimator(features.float())
-        return references, torch.cat([foreground, self.bank.foregrounds[references][:, :, 0]], dim=1)
+        return references, torch.cat([foreground, self.bank.foregrounds_of(references)], dim=1)
 
     def match(self, queries: Sequence[Tensor], references: Tensor) -> list[Tensor]:
         """Distance of each cell to its best match on the references, per scale.

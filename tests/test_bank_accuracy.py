@@ -68,7 +68,7 @@ def test_command(tiny_model, tiny_datamodule, mvtec_root, tmp_path):
     assert main(["bank", str(checkpoint), *place, *files]) == 0
     rows = json.loads((tmp_path / "bank.json").read_text())["rows"]
     assert [(row["bank_dtype"], row["references"]) for row in rows] == [
-        (dtype, count) for dtype in ("float32", "float16", "int8") for count in (6, 3)
+        (dtype, count) for dtype in ("float32", "float16", "int8", "int4") for count in (6, 3)
     ]
     assert all(0 <= row["pixel_ap"] <= 1 for row in rows)
     assert (tmp_path / "bank.png").stat().st_size > 10_000

@@ -259,7 +259,7 @@ def test_visualizer_explains_during_a_test(run, tmp_path):
     assert cv2.imread(str(explained[0])).shape == (1120, 1400, 3)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_a_bank_in_fewer_bytes_is_explained_as_it_predicts(run, query, dtype):
     module = Cpr.load_from_checkpoint(run[2], map_location="cpu", bank_dtype=dtype, evaluator=False).eval()
     found = explain(module.model, query[1])

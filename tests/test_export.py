@@ -238,18 +238,24 @@ def test_quantisation_asks_for_images(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "onnx_type"), [("float16", onnx.TensorProto.FLOAT16), ("int8", onnx.TensorProto.INT8)]
+    ("dtype", "onnx_type", "openvino_type"),
+    [
+        ("float16", onnx.TensorProto.FLOAT16, "f16"),
+        ("int8", onnx.TensorProto.INT8, "i8"),
+        ("int4", onnx.TensorProto.UINT8, "u8"),
+    ],
 )
-def test_small_banks_stay_small(checkpoint, image_paths, tmp_path, dtype, onnx_type):
+def test_small_banks_stay_small(checkpoint, image_paths, tmp_path, dtype, onnx_type, openvino_type):
     model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, bank_dtype=dtype, max_references=4).eval()
     path = model.to_onnx(tmp_path)
-    held = [tensor.data_type for tensor in onnx.load(path).graph.initializer if list(tensor.dims) == [4, 8, 16, 16]]
+    shape = [4, 4 if dtype == "int4" else 8, 16, 16]
+    held = [tensor.data_type for tensor in onnx.load(path).graph.initializer if list(tensor.dims) == shape]
     assert set(held) == {onnx_type}
     assert_like(model, path, images_of(image_paths, 2, (64, 64)))
     path = model.to_openvino(tmp_path)
     constants = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
-    held = [op.get_element_type().get_type_name() for op in constants if list(op.get_output_shape(0)) == [4, 8, 16, 16]]
-    assert set(held) == {{"float16": "f16", "int8": "i8"}[dtype]}
+    held = [op.get_element_type().get_type_name() for op in constants if list(op.get_output_shape(0)) == shape]
+    assert set(held) == {openvino_type}
     assert_like(model, path, images_of(image_paths, 2, (64, 64)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr.matching import match, match_shifts
-from anomalib_cpr.reference_bank import quantise
+from anomalib_cpr.quantisation import pack, quantise
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -20,6 +20,9 @@ CASES = [  # height, width, channels, window, k, type of the gallery
     (3, 6, 24, 5, 2, "int8"),  # channels that are no power of 2
     (1, 2, 8, 3, 1, "int8"),  # a window larger than the map
     (4, 5, 200, 3, 2, "float32"),  # channels in two parts, the second not full
+    (3, 6, 24, 5, 2, "int4"),
+    (2, 3, 9, 3, 1, "int4"),  # half a byte that stands for no channel
+    (2, 2, 300, 3, 2, "int4"),
 ]
 
 
@@ -28,7 +31,10 @@ def inputs(height, width, channels, k, dtype, device="cpu"):
     query = F.normalize(torch.randn(2, channels, height, width, generator=generator), dim=1)
     gallery = F.normalize(torch.randn(4, channels, height, width, generator=generator), dim=1)
     references = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(2)])
-    held, scales = quantise(gallery) if dtype == "int8" else (gallery.to(getattr(torch, dtype)), None)
+    if dtype == "int8":
+        held, scales = quantise(gallery)
+    else:
+        held, scales = pack(gallery) if dtype == "int4" else gallery.to(getattr(torch, dtype)), None
     held = held.contiguous(memory_format=torch.channels_last)
     return [None if t is None else t.to(device) for t in (query, held, references, scales)]
 

@@ -183,6 +183,7 @@ def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **lim
         ({"max_epochs": 2}, {}),
         ({"max_steps": 6, "accumulate_grad_batches": 2}, {}),
         ({"max_steps": 6}, {"max_references": 4}),  # the checkpoint's bank has forgotten two images
+        ({"max_epochs": 2}, {"bank_dtype": "int4"}),  # and here, what exactly the foregrounds were
     ],
 )
 def test_interrupted_training_resumes_bit_identically(
@@ -257,17 +258,18 @@ def test_bank_is_never_stale(engine, tiny_model, tiny_datamodule):
         assert torch.allclose(held, own, atol=1e-5)
 
 
-def test_small_bank(engine, tiny_model, tiny_datamodule, tmp_path, caplog):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_small_bank(engine, tiny_model, tiny_datamodule, tmp_path, caplog, dtype):
     """Coarse and reduced: trained, announced, saved, loaded, tested."""
     caplog.set_level("INFO")
-    model, own = tiny_model(bank_dtype="int8", max_references=4), engine(max_epochs=2)
+    model, own = tiny_model(bank_dtype=dtype, max_references=4), engine(max_epochs=2)
     own.fit(model, datamodule=tiny_datamodule)
-    assert "the reference bank will hold 4 of them and take 0 MB (int8) on cpu" in caplog.text
+    assert f"the reference bank will hold 4 of them and take 0 MB ({dtype}) on cpu" in caplog.text
     assert len(model.model.bank) == len(model.model.bank.histograms) == 4
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     assert_same(weights(model.model), weights(Cpr.load_from_checkpoint(checkpoint, map_location="cpu").model))
     (metrics,) = engine().test(
-        tiny_model(bank_dtype="int8", max_references=4), datamodule=tiny_datamodule, ckpt_path=checkpoint
+        tiny_model(bank_dtype=dtype, max_references=4), datamodule=tiny_datamodule, ckpt_path=checkpoint
     )
     assert metrics["image_AUROC"] >= 0.5
     with pytest.raises(RuntimeError, match="bank_dtype='float32'"):

@@ -4,7 +4,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr import matching
 from anomalib_cpr.matching import match, match_cells, match_shifts
-from anomalib_cpr.reference_bank import quantise
+from anomalib_cpr.quantisation import pack, quantise, restore
 
 
 def slow_match(query, gallery, references, window):
@@ -45,25 +45,29 @@ def test_smallest_distance_over_references_and_window(height, width, window, k, 
 
 @pytest.mark.parametrize("way", [match_cells, match_shifts])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_coarse_galleries(dtype, layout, way):
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("channels", [8, 9])
+def test_coarse_galleries(channels, dtype, layout, way):
     """Compared as the numbers that they stand for, wherever they lie."""
     generator = torch.Generator().manual_seed(5)
-    query = F.normalize(torch.randn(2, 8, 6, 7, generator=generator), dim=1)
-    gallery = F.normalize(torch.randn(4, 8, 6, 7, generator=generator), dim=1)
+    query = F.normalize(torch.randn(2, channels, 6, 7, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(4, channels, 6, 7, generator=generator), dim=1)
     references = torch.tensor([[3, 0, 1], [2, 1, 3]])
-    stored, scales = (gallery.half(), None) if dtype == "float16" else quantise(gallery)
-    numbers = stored.float() if scales is None else stored.float() * scales
+    stored, scales = {"float16": lambda g: (g.half(), None), "int8": quantise, "int4": lambda g: (pack(g), None)}[
+        dtype
+    ](gallery)
+    numbers = restore(stored, scales, channels)
     result = way(query, stored.contiguous(memory_format=layout), references, 3, scales)
     assert torch.allclose(1 - result, slow_match(query, numbers, references, 3), atol=1e-6)
 
 
-@pytest.mark.parametrize("scales", [None, torch.rand(3, 1, 6, 6)])
-def test_an_export_follows_its_references(scales):
+@pytest.mark.parametrize(("scales", "packed"), [(None, False), (torch.rand(3, 1, 6, 6), False), (None, True)])
+def test_an_export_follows_its_references(scales, packed):
     """Exported with one choice of references, run with another."""
     generator = torch.Generator().manual_seed(6)
     query, gallery = torch.randn(2, 2, 8, 6, 6, generator=generator)
     gallery = torch.cat([gallery, query[:1]])
+    gallery = pack(gallery) if packed else gallery
 
     class Matching(torch.nn.Module):
         def forward(self, query, references):
@@ -105,13 +109,13 @@ def test_a_window_over_the_whole_map(piece, monkeypatch):
     query = F.normalize(torch.randn(2, 8, 4, 6, generator=generator), dim=1)
     gallery = F.normalize(torch.randn(4, 8, 4, 6, generator=generator), dim=1)
     references = torch.tensor([[3, 0, 1], [2, 1, 3]])
-    stored, scales = quantise(gallery)
-    numbers = stored.float() * scales
     for window in (11, 999):
         result = match(query, gallery, references, window)
         assert torch.allclose(result, slow_match(query, gallery, references, 11), atol=1e-6)
-        result = match(query, stored, references, window, scales)
-        assert torch.allclose(result, slow_match(query, numbers, references, 11), atol=1e-6)
+        for stored, scales in (quantise(gallery), (pack(gallery), None)):
+            result = match(query, stored, references, window, scales)
+            numbers = restore(stored, scales, 8)
+            assert torch.allclose(result, slow_match(query, numbers, references, 11), atol=1e-6)
     exported = torch.export.export(_Everywhere(), (query, gallery, references)).module()
     assert torch.allclose(exported(query, gallery, references), slow_match(query, gallery, references, 11), atol=1e-6)
 

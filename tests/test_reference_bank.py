@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr import reference_bank
-from anomalib_cpr.reference_bank import DTYPES, ReferenceBank, quantise
+from anomalib_cpr.quantisation import restore
+from anomalib_cpr.reference_bank import DTYPES, ReferenceBank, coarse_foregrounds
 
 
 def filled(count=3, channels=4, words=6, blocks=2, cells=((4, 6), (2, 3)), **storage):
@@ -13,15 +14,13 @@ def filled(count=3, channels=4, words=6, blocks=2, cells=((4, 6), (2, 3)), **sto
     bank.foregrounds = torch.rand(count, 1, *cells[0], generator=generator)
     bank.allocate(count, cells)
     bank.write(0, [F.normalize(torch.randn(count, channels, *c, generator=generator), dim=1) for c in cells])
+    bank.keep(torch.arange(count))
     return bank
 
 
 def values(bank):
     """Descriptors of both scales as numbers."""
-    return [
-        d.float() if scale is None else d.float() * scale
-        for d, scale in zip(bank.descriptors, bank.scales, strict=True)
-    ]
+    return [restore(d, scales, bank.channels) for d, scales in zip(bank.descriptors, bank.scales, strict=True)]
 
 
 def test_survives_a_state_dict():
@@ -86,22 +85,6 @@ def test_predicted_size_is_the_real_one(dtype, max_references):
     assert bank.megabytes > held
 
 
-@pytest.mark.parametrize("channels", [1, 16, 384])
-def test_eight_bits_keep_length_and_direction(channels):
-    descriptors = F.normalize(torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    integers, scales = quantise(descriptors)
-    assert integers.dtype == torch.int8
-    restored = integers.double() * scales
-    assert torch.allclose(restored.norm(dim=1), torch.ones(2, 5, 7, dtype=torch.double), atol=1e-6)
-    # Half a step of max / 127 per component, which random errors of all components rarely reach together.
-    assert (1 - (restored * descriptors).sum(1)).abs().max() < 1e-4
-
-
-def test_a_zero_descriptor_stays_zero():
-    integers, scales = quantise(torch.zeros(1, 4, 1, 1))
-    assert (integers.float() * scales).eq(0).all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_descriptors_lie_channels_last_through_a_checkpoint(dtype, tmp_path):
     bank, other = filled(dtype=dtype), ReferenceBank(4, 6, 2, dtype)
@@ -111,6 +94,44 @@ def test_descriptors_lie_channels_last_through_a_checkpoint(dtype, tmp_path):
         assert held.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(own, held)
     assert other.get_buffer("descriptors_1").dtype == DTYPES[dtype]
+
+
+@pytest.mark.parametrize("channels", [16, 64, 384])
+def test_four_bits_take_an_eighth(channels):
+    """Of the whole bank at 320 px, with retrieval grid and codebook as they are by default."""
+    cells = [(80, 80), (40, 40)]
+    whole = filled(1, channels, 12, 5, cells).megabytes
+    assert filled(1, channels, 12, 5, cells, dtype="int4").megabytes <= whole / 8
+
+
+def test_coarse_foregrounds():
+    """At stride 8 the largest of four cells, in steps of 1 / 255; between them, what bilinear interpolation gives."""
+    fine, coarse = filled(), filled(dtype="int4")
+    largest = fine.foregrounds.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1))
+    references = torch.tensor([[2, 0], [1, 1]])
+    assert torch.equal(fine.foregrounds_of(references), fine.foregrounds[references][:, :, 0])
+    assert torch.allclose(coarse.foregrounds / 255, largest, atol=0.5 / 255 + 1e-6)
+    expected = F.interpolate((largest * 255).round() / 255, scale_factor=2, mode="bilinear")[references][:, :, 0]
+    assert torch.allclose(coarse.foregrounds_of(references), expected, atol=1e-6)
+    assert fine.cells == coarse.cells == (4, 6)
+    assert fine.holds_all_of(3)
+    assert not fine.holds_all_of(4)
+    assert not coarse.holds_all_of(3)
+
+
+def test_a_bank_that_was_never_filled_is_loaded():
+    bank = filled(dtype="int4")
+    bank.load_state_dict(ReferenceBank(4, 6, 2).state_dict())
+    assert len(bank) == len(bank.histograms) == 0
+
+
+def test_an_odd_number_of_channels():
+    bank, other = filled(channels=5, dtype="int8"), ReferenceBank(5, 6, 2, "int4")
+    other.load_state_dict(bank.state_dict())
+    for own, held in zip(values(bank), values(other), strict=True):
+        assert torch.allclose(own, held, atol=0.15)
+    with pytest.raises(RuntimeError, match=r"descriptors have 6 channels, the model descriptor_channels=8"):
+        ReferenceBank(8, 6, 2, "int4").load_state_dict(other.state_dict())
 
 
 def test_checkpoint_of_the_first_format_is_rearranged():
@@ -124,7 +145,15 @@ def test_checkpoint_of_the_first_format_is_rearranged():
 
 @pytest.mark.parametrize(
     ("stored", "asked", "tolerance"),
-    [("float32", "float16", 1e-3), ("float32", "int8", 0.01), ("float16", "int8", 0.01), ("int8", "int8", 1e-7)],
+    [
+        ("float32", "float16", 1e-3),
+        ("float32", "int8", 0.01),
+        ("float16", "int8", 0.01),
+        ("int8", "int8", 1e-7),
+        ("float32", "int4", 0.15),
+        ("int8", "int4", 0.15),
+        ("int4", "int4", 1e-7),
+    ],
 )
 @pytest.mark.parametrize("max_references", [None, 20])
 def test_checkpoint_is_made_coarser_and_smaller_while_loading(stored, asked, tolerance, max_references):
@@ -137,12 +166,16 @@ def test_checkpoint_is_made_coarser_and_smaller_while_loading(stored, asked, tol
         kept = bank.representatives()
         assert len(other) == len(kept) == 20
     assert torch.equal(other.histograms, bank.histograms[kept])
-    assert torch.equal(other.foregrounds, bank.foregrounds[kept])
+    foregrounds = bank.foregrounds[kept]
+    assert torch.equal(other.foregrounds, coarse_foregrounds(foregrounds) if asked == "int4" else foregrounds)
     for own, held in zip(values(bank), values(other), strict=True):
         assert torch.allclose(own[kept], held, atol=tolerance)
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("int8", "float32"), ("int8", "float16"), ("float16", "float32")])
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [("int8", "float32"), ("int8", "float16"), ("float16", "float32"), ("int4", "int8"), ("int4", "float32")],
+)
 def test_a_coarse_bank_is_not_passed_off_as_a_fine_one(stored, asked):
     with pytest.raises(RuntimeError, match=f"descriptors are {stored}, the model has bank_dtype='{asked}'"):
         ReferenceBank(4, 6, 2, asked).load_state_dict(filled(dtype=stored).state_dict(), strict=False)
@@ -173,7 +206,7 @@ def test_on_host_only_the_small_parts_move():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "bfloat16"}, "bank_dtype='bfloat16': must be one of 'float32', 'float16', 'int8'"),
+        ({"dtype": "bfloat16"}, "bank_dtype='bfloat16': must be one of 'float32', 'float16', 'int8', 'int4'"),
         ({"max_references": 0}, "max_references=0: must be at least 1"),
     ],
 )

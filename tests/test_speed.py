@@ -11,7 +11,7 @@ from anomalib_cpr import speed
 from anomalib_cpr.cli import main
 from anomalib_cpr.matching import match
 from anomalib_cpr.presets import PRESETS
-from anomalib_cpr.speed_models import ROWS, NaiveCpr, Setting, build, cpr_stages, naive_match, random_cpr
+from anomalib_cpr.speed_models import ROWS, SMALL_BANKS, NaiveCpr, Setting, build, cpr_stages, naive_match, random_cpr
 from anomalib_cpr.speed_report import plot
 from anomalib_cpr.torch_model import CprModel
 
@@ -75,7 +75,7 @@ def test_a_wrong_matching_is_noticed(model, monkeypatch, capsys):
 def test_everything_agrees_on_a_gpu(tmp_path):
     """Naive, plain, fused and replayed ways of all presets."""
     arguments = ["--device", "cuda", "--fused", "--cuda-graphs", "--rounds", "3", "--batch", "1", "8"]
-    rows = ["--rows", "naive", *PRESETS, "cpr_float16", "cpr_int8"]
+    rows = ["--rows", "naive", *PRESETS, *SMALL_BANKS]
     assert main(["speed", *arguments, *rows, "--json", str(tmp_path / "speed.json")]) == 0
 
 
@@ -92,12 +92,13 @@ def test_every_row_can_be_built_and_run(name):
 
 def test_bank_sizes_are_those_of_the_descriptors():
     """At 64 px: 16x16 and 8x8 cells, 3 images."""
-    sizes = {name: build(name, Setting(64, 2, 3), CPU).bank_mb for name in ("cpr", "cpr_float16", "cpr_int8")}
+    sizes = {name: build(name, Setting(64, 2, 3), CPU).bank_mb for name in ("cpr", *SMALL_BANKS)}
     small = (3 * 25 * 12 + 3 * 16 * 16) * 4 / 1e6  # histograms and foregrounds
     cells = 3 * (16 * 16 + 8 * 8)
     assert sizes["cpr"] == pytest.approx(cells * 384 * 4 / 1e6 + small)
     assert sizes["cpr_float16"] == pytest.approx(cells * 384 * 2 / 1e6 + small)
     assert sizes["cpr_int8"] == pytest.approx(cells * (384 + 4) / 1e6 + small)
+    assert sizes["cpr_int4"] == pytest.approx(cells * 384 / 2 / 1e6 + 3 * (25 * 12 * 4 + 8 * 8) / 1e6)
 
 
 def test_unknown_row():

@@ -116,12 +116,22 @@ def test_survives_a_state_dict(images):
     assert torch.equal(model(query).anomaly_map, other(query).anomaly_map)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 0.02), ("int4", 0.1)])
 def test_coarse_banks(images, dtype, tolerance):
     queries = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(4))
     expected, result = make_model(images)(queries), make_model(images, bank_dtype=dtype)(queries)
     assert not torch.equal(result.anomaly_map, expected.anomaly_map)
     assert torch.allclose(result.anomaly_map, expected.anomaly_map, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_batch_size_changes_nothing_with_coarse_banks(images, dtype):
+    model = make_model(images, bank_dtype=dtype)
+    queries = torch.randn(8, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    whole = model(queries)
+    single = [model(query[None]) for query in queries]
+    assert torch.allclose(whole.anomaly_map, torch.cat([one.anomaly_map for one in single]), atol=1e-6)
+    assert torch.allclose(whole.pred_score, torch.cat([one.pred_score for one in single]), atol=1e-6)
 
 
 def test_only_representatives_are_remembered(images):
@@ -162,7 +172,7 @@ def test_references_are_the_same_under_autocast(images):
         ({"blocks": 0}, "blocks=0"),
         ({"window_sizes": (3, 2)}, r"window_sizes=\[3, 2\]: expected two odd numbers"),
         ({"window_sizes": (3,)}, r"window_sizes=\[3\]"),
-        ({"bank_dtype": "int4"}, "bank_dtype='int4'"),
+        ({"bank_dtype": "int2"}, "bank_dtype='int2'"),
         ({"max_references": 0}, "max_references=0"),
         ({"backbone_weights": "file.pth"}, "contradicts pre_trained=False"),
     ],
