@@ -71,6 +71,9 @@ class Cpr(AnomalibModule):
             represent all; None keeps all. All images are trained on. A checkpoint with more is reduced when loaded.
         bank_on_host (bool): Leave the bank's descriptors in main memory and move only those of the K references to
             the device; for banks that outgrow a GPU.
+        bank_file (str | Path | None): Keep the bank's descriptors in this file, mapped into memory, for banks that
+            outgrow it. Only those of the K references are read. Training writes the file; the checkpoint is small and
+            belongs to it: to load the checkpoint, name the file again, wherever it lies then.
         kind (Literal["object", "texture", "auto"]): Objects get a foreground estimate, textures do not. ``auto`` knows
             the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
         rotations (Sequence[float]): Angles in degrees, by which turned copies join each training image, for parts that
@@ -131,6 +134,7 @@ class Cpr(AnomalibModule):
         bank_dtype: BankDtype = "float32",
         max_references: int | None = None,
         bank_on_host: bool = False,
+        bank_file: str | Path | None = None,
         kind: Literal["object", "texture", "auto"] = "auto",
         rotations: Sequence[float] = (),
         anomaly_source_path: str | Path | None = None,
@@ -187,6 +191,7 @@ class Cpr(AnomalibModule):
                 bank_dtype=bank_dtype,
                 max_references=max_references,
                 bank_on_host=bank_on_host,
+                bank_file=bank_file,
             )
         self.clustering_backend = clustering_backend
         self.kind = kind
@@ -382,7 +387,7 @@ class Cpr(AnomalibModule):
             f"{self.model.bank.count_for(len(images))} of them and take "
             f"{self.model.bank.size_for(len(images), cells):.0f} MB "
             f"({self.model.bank.bank_dtype}) on "
-            f"{self.model.bank.descriptors_1.device}. "
+            f"{self.model.bank.file or self.model.bank.descriptors_1.device}. "
             f"A step compares {self._batch_size} pairs of images (train_batch_size), in "
             f"{step_precision(self.training_precision, self.device)}."
         )
@@ -561,8 +566,7 @@ class Cpr(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         if self.saves_bank:
             self.build_bank()
-            for name, buffer in self.model.bank.named_buffers():
-                checkpoint["state_dict"][f"model.bank.{name}"] = buffer
+            checkpoint["state_dict"].update(self.model.bank.state_dict(prefix="model.bank."))
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out

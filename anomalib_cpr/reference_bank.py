@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model remembers of the training images, as buffers that a checkpoint carries."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,12 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .global_retrieval import SHORTLIST, representatives, roots_of
+from .mapped_file import complete, create, read
 from .quantisation import is_traced, pack, packed_channels, quantise, restore
 
 BankDtype = Literal["float32", "float16", "int8", "int4"]
 
 # From fine to coarse. uint8 stands for two components of 4 bits.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
+PARTS = ("descriptors_1", "descriptors_2", "scales_1", "scales_2")
+KEY = "file_key"  # by which a checkpoint recognises the file of its descriptors
 _BLOCK = 16  # images that are converted at a time, so that a conversion needs no second bank
 
 
@@ -38,6 +43,8 @@ class ReferenceBank(nn.Module):
             descriptor, int4 puts two channels into a byte (:mod:`anomalib_cpr.quantisation`).
         max_references (int | None): Keep at most so many images; None keeps all.
         on_host (bool): Leave the descriptors in main memory when the model moves to a device.
+        file (str | Path | None): Keep the descriptors in this file, mapped into memory, and out of checkpoints; for
+            banks that outgrow memory. A checkpoint then holds the key of the file that belongs to it.
 
     Raises:
         ValueError: If a value is out of range.
@@ -49,6 +56,7 @@ class ReferenceBank(nn.Module):
     descriptors_2: Tensor
     scales_1: Tensor
     scales_2: Tensor
+    file_key: Tensor
 
     def __init__(
         self,
@@ -58,6 +66,7 @@ class ReferenceBank(nn.Module):
         dtype: BankDtype = "float32",
         max_references: int | None = None,
         on_host: bool = False,
+        file: str | Path | None = None,
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
@@ -68,16 +77,21 @@ class ReferenceBank(nn.Module):
         self.dtype = DTYPES[dtype]
         self.channels = descriptor_channels
         self.max_references = max_references
-        self.on_host = on_host
+        self.file = None if file is None else Path(file)
+        self.on_host = on_host or file is not None
         self._roots: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histograms", torch.zeros(0, blocks * blocks, codebook_size))
         self.register_buffer("foregrounds", torch.zeros(0, 1, 0, 0))
         stored = self._stored_channels(self.dtype)
+        inside = file is None
         for scale in (1, 2):
-            self.register_buffer(f"descriptors_{scale}", torch.zeros(0, stored, 0, 0, dtype=self.dtype))
+            empty = torch.zeros(0, stored, 0, 0, dtype=self.dtype)
+            self.register_buffer(f"descriptors_{scale}", empty, persistent=inside)
         if self.dtype == torch.int8:
             for scale in (1, 2):
-                self.register_buffer(f"scales_{scale}", torch.zeros(0, 1, 0, 0))
+                self.register_buffer(f"scales_{scale}", torch.zeros(0, 1, 0, 0), persistent=inside)
+        if file is not None:
+            self.register_buffer(KEY, torch.zeros(0, dtype=torch.uint8))
 
     def __len__(self) -> int:
         """Number of training images whose descriptors are held."""
@@ -168,10 +182,30 @@ class ReferenceBank(nn.Module):
             cells (Sequence[tuple[int, int]]): Height and width of the feature maps, per scale.
         """
         self.clear()
-        for scale, (height, width) in zip((1, 2), cells, strict=True):
-            self._make_room(f"descriptors_{scale}", (count, self.descriptors_1.shape[1], height, width))
-            if self.dtype == torch.int8:
-                self._make_room(f"scales_{scale}", (count, 1, height, width))
+        shapes = {
+            name: (count, getattr(self, name).shape[1], *cells[int(name[-1]) - 1]) for name in self._per_descriptor
+        }
+        if self.file is not None:
+            self._hold(create(self.file, {name: (shape, getattr(self, name).dtype) for name, shape in shapes.items()}))
+            return
+        for name, shape in shapes.items():
+            self._make_room(name, shape)
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def _finish_file(self) -> None:
+        """Give the file of the descriptors its key, and its place."""
+        if self.file is None or not len(self):
+            return
+        # Of the content, so that processes that describe the same images come to the same key.
+        digest = hashlib.sha256()
+        some = torch.linspace(0, len(self) - 1, min(len(self), _BLOCK)).round().long()
+        for name in self._per_descriptor:
+            digest.update(getattr(self, name)[some].contiguous().numpy().tobytes())
+        self._hold(complete(self.file, digest.hexdigest()))
+        self.file_key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
     def _stored_channels(self, dtype: torch.dtype) -> int:
         return packed_channels(self.channels) if dtype == torch.uint8 else self.channels
@@ -215,16 +249,19 @@ class ReferenceBank(nn.Module):
             self.histograms, self.foregrounds = self.histograms[chosen], self.foregrounds[chosen]
         if self.bank_dtype == "int4":
             self.foregrounds = coarse_foregrounds(self.foregrounds)
+        self._finish_file()
 
     def clear(self) -> None:
         """Free the descriptors. Histograms and foregrounds do not depend on the heads and stay."""
         for name in self._per_descriptor:
             held = getattr(self, name)
             setattr(self, name, held.new_zeros(0, held.shape[1], 0, 0))
+        if self.file is not None:
+            self.file_key = self.file_key.new_zeros(0)
 
     @property
     def _per_descriptor(self) -> list[str]:
-        return [name for name in self._buffers if name.startswith(("descriptors", "scales"))]
+        return [name for name in PARTS if name in self._buffers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReferenceBank":
         """Move with the model, except what was asked to stay in main memory."""
@@ -262,19 +299,27 @@ class ReferenceBank(nn.Module):
         incoming = {
             name.removeprefix(prefix): tensor
             for name, tensor in state_dict.items()
-            if name.removeprefix(prefix) in {*self._buffers, "scales_1", "scales_2"}
+            if name.startswith(prefix) and name.removeprefix(prefix) in {*PARTS, "histograms", "foregrounds"}
         }
         self._roots = None  # loading may copy into the same tensor
-        problem = self._misfit(incoming)
+        key = bytes(state_dict.get(prefix + KEY, torch.zeros(0)).tolist()).hex()
+        problem = self._map_file(key, incoming) or self._misfit(incoming) or self._reduction_of_file(key, incoming)
         if problem:
             errors: list[str] = args[-1]
             errors.append(f"The checkpoint's reference bank does not fit the configuration: {problem}")
             return
-        if "descriptors_1" in incoming:
-            state_dict = {**state_dict, **self._reduced(incoming, prefix)}
-            for name in ("scales_1", "scales_2"):
-                if name not in self._buffers:
-                    state_dict.pop(prefix + name, None)
+        state_dict = dict(state_dict)
+        if key:
+            self._hold({name: incoming[name] for name in self._per_descriptor})
+        elif "descriptors_1" in incoming:
+            state_dict |= self._reduced(incoming, prefix)
+            self._finish_file()
+        elif self.file is not None:
+            self.clear()
+        for name in {*PARTS, KEY} - set(self.state_dict()):
+            state_dict.pop(prefix + name, None)
+        if self.file is not None:
+            state_dict.setdefault(prefix + KEY, self.file_key)
         for name in self._buffers:
             tensor = state_dict.get(prefix + name)
             # Descriptors keep this bank's type, and were converted to it; foregrounds come in either of their forms.
@@ -283,6 +328,30 @@ class ReferenceBank(nn.Module):
                 self._make_room(name, tensor.shape, dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _map_file(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+        """Add the file's tensors to those of a checkpoint that has its key, or say why this cannot be."""
+        if not key:
+            return None
+        if self.file is None:
+            return "its descriptors lie in a file of their own: give it as bank_file."
+        if not self.file.is_file():
+            return f"the file of its descriptors, bank_file={str(self.file)!r}, does not exist."
+        try:
+            found, tensors = read(self.file)
+        except ValueError as error:
+            return str(error)
+        if found != key:
+            return f"bank_file={str(self.file)!r} belongs to another checkpoint or another step of the training."
+        incoming.update(tensors)
+        return None
+
+    def _reduction_of_file(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+        count = len(incoming.get("descriptors_1", ()))
+        if key and (count > self.count_for(count) or incoming["descriptors_1"].dtype != self.dtype):
+            stored = {dtype: name for name, dtype in DTYPES.items()}[incoming["descriptors_1"].dtype]
+            return f"the file of its descriptors is not converted: use bank_dtype={stored!r} and max_references=None."
+        return None
+
     def _reduced(self, incoming: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Entries of a checkpoint's bank that take another form here: other storage, fewer images."""
         count = len(incoming["descriptors_1"])
@@ -290,7 +359,10 @@ class ReferenceBank(nn.Module):
         chosen = torch.arange(count)
         if count > self.count_for(count):
             chosen = representatives(histograms.cpu(), self.count_for(count))
-        if len(chosen) == count and incoming["descriptors_1"].dtype == self.dtype:
+        if count == 0:  # a resume point
+            self.clear()
+            return {prefix + name: getattr(self, name) for name in self._per_descriptor}
+        if len(chosen) == count and incoming["descriptors_1"].dtype == self.dtype and self.file is None:
             return {}
         # Written block by block into this bank's own buffers; loading then copies them onto themselves.
         self.allocate(len(chosen), [(d.shape[-2], d.shape[-1]) for d in _both(incoming, "descriptors")])

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from .speed_report import STAGES, machine, plot
 from .torch_model import CprModel
 
 WARM_UP = 2
+BUSY = 0.1  # processors of others, above which the clock measures them too
 TOLERANCE = 1e-5  # between the maps of the naive way and ours
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -118,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     device, setting = torch.device(arguments.device), Setting(arguments.size, arguments.k, arguments.gallery)
     if device.type != "cuda" and (arguments.fused or arguments.cuda_graphs):
         raise SystemExit(f"--fused and --cuda-graphs need a CUDA device, not --device {arguments.device}.")
-    precision = PRECISIONS[arguments.precision]
+    precision, others = PRECISIONS[arguments.precision], OtherWork()
     if arguments.only_memory:
         print(json.dumps(peak_memory(arguments.only_memory, setting, device, precision, arguments.batch)))
         return 0
@@ -134,8 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"Batch {batch}: {rounds} rounds")
         peaks = {name: pairs[batch] for name, pairs in memory.items() if pairs}
         results += measure(rows, batch, rounds, device, precision, peaks, arguments.cuda_graphs)
-    environment = describe_environment(arguments, device)
+    environment = {**describe_environment(arguments, device), **others.so_far()}
     _show(results, environment, console)
+    others.warn(console)
     if arguments.json:
         content = {"environment": environment, "rows": [_rounded(asdict(result)) for result in results]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
@@ -426,6 +429,54 @@ def _status_mb(key: str) -> float:
         raise SystemExit("Memory of a CPU process is read from /proc, which only Linux has.")
     line = next(line for line in path.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024 / 1e6
+
+
+class OtherWork:
+    """What else the machine did since this was made, by which figures of a busy machine can be told from others."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float, float | None]:
+        """Time, processor time of the machine, that of this process and its children, in seconds; load average."""
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        own = os.times()
+        path, machine_time = Path("/proc/stat"), None
+        if path.exists():
+            # user, nice, system, idle, waiting, interrupts of two kinds, time that a hypervisor gave to other machines
+            ticks = [int(number) for number in path.read_text().splitlines()[0].split()[1:9]]
+            machine_time = (sum(ticks[:3]) + sum(ticks[5:])) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), machine_time, sum(own[:4]), load
+
+    def so_far(self) -> dict[str, Any]:
+        """For the JSON file.
+
+        Returns:
+            dict[str, Any]: ``load_average``, of one minute, at the start and now; ``busy_cores_of_others``, how many
+                processors other programs kept busy on average. None where the system does not say.
+        """
+        (start, machine_then, own_then, load_then), (now, machine_now, own_now, load_now) = self._start, self._now()
+        others = None
+        if machine_then is not None and machine_now is not None:
+            others = max(0.0, machine_now - machine_then - (own_now - own_then)) / max(1e-9, now - start)
+        return {
+            "load_average": [load_then, load_now],
+            "busy_cores_of_others": None if others is None else round(others, 3),
+        }
+
+    def warn(self, console: Console) -> None:
+        """Say that the clock has not measured the models alone, if so.
+
+        Args:
+            console (Console): For the message.
+        """
+        others = self.so_far()["busy_cores_of_others"]
+        if others is not None and others > BUSY:
+            console.print(
+                f"[yellow]Other programs kept {others:.1f} processors busy meanwhile: compare the processor time, not "
+                "the clock, or measure again on an idle machine.[/yellow]"
+            )
 
 
 def describe_environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class CprModel(nn.Module):
             byte per value.
         max_references (int | None): Keep at most so many training images, chosen to represent all; None keeps all.
         bank_on_host (bool): Leave the descriptors in main memory and move only those of the K references.
+        bank_file (str | Path | None): Keep the descriptors in this file, mapped into memory, for banks that outgrow it.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,6 +63,7 @@ class CprModel(nn.Module):
         bank_dtype: BankDtype = "float32",
         max_references: int | None = None,
         bank_on_host: bool = False,
+        bank_file: str | Path | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -91,7 +93,9 @@ class CprModel(nn.Module):
             MetricHead(channels, descriptor_channels) for channels in self.feature_extractor.channels
         )
         self.scorer = Scorer()
-        self.bank = ReferenceBank(descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host)
+        self.bank = ReferenceBank(
+            descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host, bank_file
+        )
 
     def load_backbone_weights(self) -> str:
         """Load the backbone's weights, unless a checkpoint has brought them.

@@ -276,6 +276,24 @@ def test_small_bank(engine, tiny_model, tiny_datamodule, tmp_path, caplog, dtype
         engine().test(tiny_model(), datamodule=tiny_datamodule, ckpt_path=checkpoint)
 
 
+def test_bank_in_a_file(engine, tiny_model, tiny_datamodule, tmp_path):
+    """Trained, tested, and loaded from another place; the same training without a file gives the same maps."""
+    file, images = tmp_path / "bank" / "descriptors", torch.rand(2, 3, 64, 64)
+    arguments = {"seed": 3, "bank_dtype": "int4"}
+    model = tiny_model(**arguments, bank_file=str(file))
+    engine(max_epochs=2).fit(model, datamodule=tiny_datamodule)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    expected = tiny_model(**arguments)
+    engine(max_epochs=2).fit(expected, datamodule=tiny_datamodule)
+    assert not any("descriptors" in name for name in torch.load(checkpoint, weights_only=True)["state_dict"])
+    engine().test(tiny_model(**arguments, bank_file=str(file)), datamodule=tiny_datamodule, ckpt_path=checkpoint)
+    moved = file.replace(tmp_path / "moved")
+    with pytest.raises(RuntimeError, match=r"bank_file=.* does not exist"):
+        Cpr.load_from_checkpoint(checkpoint, map_location="cpu")
+    loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", bank_file=str(moved)).eval()
+    assert torch.equal(loaded(images).anomaly_map, expected.eval()(images).anomaly_map)
+
+
 def test_finished_training_is_loaded_smaller(engine, tiny_model, tiny_datamodule, tmp_path):
     model = tiny_model()
     engine(max_steps=1).fit(model, datamodule=tiny_datamodule)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -235,3 +237,88 @@ def test_roots_belong_to_the_histograms_that_are_held(monkeypatch):
     assert torch.allclose(bank.roots.square(), other.histograms.flatten(1))
     bank.keep(torch.tensor([0, 2, 4]))
     assert torch.allclose(bank.roots.square(), other.histograms[[0, 2, 4]].flatten(1))
+
+
+def test_a_bank_in_a_file_is_that_in_memory(tmp_path):
+    """Written block by block, and read again through a checkpoint that holds none of the descriptors."""
+    expected = filled()
+    bank = filled(file=tmp_path / "folder" / "bank")
+    assert list((tmp_path / "folder").iterdir()) == [tmp_path / "folder" / "bank"]
+    state = bank.state_dict()
+    assert set(state) == {"histograms", "foregrounds", "file_key"}
+    other = ReferenceBank(4, 6, 2, file=tmp_path / "folder" / "bank")
+    other.load_state_dict(state)
+    for held in (bank, other):
+        assert len(held) == 3
+        assert held.megabytes == pytest.approx(expected.megabytes + 32e-6)
+        for own, wanted in zip(held.descriptors, expected.descriptors, strict=True):
+            assert torch.equal(own, wanted)
+            assert own.is_contiguous(memory_format=torch.channels_last)
+    other.descriptors_1.zero_()
+    assert bank.descriptors_1.any(), "whoever writes into a bank that was loaded writes into memory of its own"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_with_descriptors_is_put_into_a_file(tmp_path, dtype):
+    bank, other = filled(count=37), ReferenceBank(4, 6, 2, dtype, 20, file=tmp_path / "bank")
+    expected = ReferenceBank(4, 6, 2, dtype, 20)
+    for held in (other, expected):
+        held.load_state_dict(bank.state_dict())
+    again = ReferenceBank(4, 6, 2, dtype, 20, file=tmp_path / "bank")
+    again.load_state_dict(other.state_dict())
+    for own, wanted in zip(values(again), values(expected), strict=True):
+        assert torch.equal(own, wanted)
+    assert torch.equal(again.foregrounds, expected.foregrounds)
+
+
+def test_a_file_stays_on_the_host(tmp_path):
+    bank = filled(dtype="int8", file=tmp_path / "bank")
+    bank.to("meta")
+    assert bank.histograms.is_meta
+    assert not bank.descriptors_1.is_meta
+    assert not bank.scales_2.is_meta
+
+
+def test_an_unfinished_bank_leaves_the_file_of_the_last(tmp_path):
+    bank = filled(file=tmp_path / "bank")
+    state, held = bank.state_dict(), bank.descriptors_1.clone()
+    bank.allocate(5, [(4, 6), (2, 3)])
+    bank.write(0, [torch.ones(2, 4, 4, 6), torch.ones(2, 4, 2, 3)])
+    bank.load_state_dict(state)
+    assert torch.equal(bank.descriptors_1, held)
+
+
+def test_a_resume_point_of_a_bank_in_a_file(tmp_path):
+    bank = filled(file=tmp_path / "bank")
+    state = bank.state_dict()
+    bank.clear()
+    point = bank.state_dict()
+    bank.load_state_dict(state)
+    bank.load_state_dict(point)
+    assert len(bank) == 0
+    assert len(bank.histograms) == 3
+    plain = ReferenceBank(4, 6, 2)
+    plain.load_state_dict(filled().state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        plain.load_state_dict(point)
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (lambda path: path.unlink(), {}, "bank_file='.*bank', does not exist"),
+        (lambda path: path.write_bytes(b"{}"), {}, "not a complete file of descriptors"),
+        (lambda path: path.write_bytes(b"\x80\x00"), {}, "not a complete file of descriptors"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), {}, "not a complete file of descriptors"),
+        (lambda path: filled(count=4, file=path), {}, "belongs to another checkpoint"),
+        (Path.exists, {"file": None}, "give it as bank_file"),
+        (Path.exists, {"dtype": "int4"}, "use bank_dtype='float32' and max_references=None"),
+        (Path.exists, {"max_references": 2}, "use bank_dtype='float32' and max_references=None"),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path, damage, arguments, message):
+    path = tmp_path / "bank"
+    state = filled(file=path).state_dict()
+    damage(path)
+    with pytest.raises(RuntimeError, match=message):
+        ReferenceBank(4, 6, 2, **{"file": path, **arguments}).load_state_dict(state)

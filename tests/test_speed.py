@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,8 @@ def test_command(tmp_path, capsys):
     assert main(["speed", *arguments, "--json", str(figures), "--plot", str(picture)]) == 0
     content = json.loads(figures.read_text())
     assert content["environment"]["gallery"] == 5
+    assert content["environment"]["busy_cores_of_others"] >= 0
+    assert len(content["environment"]["load_average"]) == 2
     assert [row["batch"] for row in content["rows"]] == [1, 2]
     for row in content["rows"]:
         assert row["name"] == "cpr_faster"
@@ -160,6 +164,32 @@ def test_a_model_that_cannot_be_built_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(speed, "build", no_backbone)
     assert speed.build_rows(["rad"], Setting(), CPU, speed.Console()) == []
     assert "rad is left out: no such backbone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "busy"),
+    [
+        ((0.0, 100.0, 10.0, 0.5), (10.0, 118.0, 18.0, 1.5), 1.0),  # 18 s of the machine, 8 of them its own
+        ((0.0, 100.0, 10.0, 0.5), (10.0, 107.9, 18.0, 1.5), 0.0),  # its own time is counted more finely
+        ((0.0, None, 10.0, None), (10.0, None, 18.0, None), None),  # a system that does not say
+    ],
+)
+def test_what_others_did_meanwhile(monkeypatch, capsys, start, end, busy):
+    times = iter([start, end, end])
+    monkeypatch.setattr(speed.OtherWork, "_now", staticmethod(lambda: next(times)))
+    others = speed.OtherWork()
+    assert others.so_far() == {"load_average": [start[3], end[3]], "busy_cores_of_others": busy}
+    others.warn(speed.Console())
+    assert ("kept 1.0 processors busy" in capsys.readouterr().out) == (busy == 1)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="processor time of the machine is read from /proc")
+def test_a_process_that_was_waited_for_is_own_work():
+    others, work = speed.OtherWork(), "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    (_, machine_then, own_then, _), (_, machine_now, own_now, _) = others._start, others._now()
+    assert own_now - own_then >= 0.5
+    assert machine_now - machine_then >= 0.4
 
 
 @pytest.mark.parametrize("peak_mb", [None, 90.0])

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in a file that is mapped into memory: the system reads what is used and forgets what is not.
+
+Such a file has a header of one page, JSON, that says which tensors lie where and to what they belong, and then the
+tensors. It is written beside its place and moved there when it is complete.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAGIC = "anomalib-cpr bank 1"
+PAGE = 4096
+
+
+def create(path: Path, parts: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
+    """Begin a file. What is written into its tensors goes to the disk, not into memory.
+
+    Args:
+        path (Path): Where it will be after :func:`complete`; its folder is made.
+        parts (Mapping[str, tuple[Sequence[int], torch.dtype]]): Shape ``(images, channels, height, width)`` and type of
+            each tensor.
+
+    Returns:
+        dict[str, Tensor]: The tensors, all zeros, channels last in memory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, Any] = {"magic": MAGIC, "parts": {}}
+    end = PAGE
+    for name, (shape, dtype) in parts.items():
+        header["parts"][name] = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "start": end}
+        size = dtype.itemsize * torch.Size(shape).numel()
+        end += -(-size // PAGE) * PAGE
+    with _unfinished(path).open("wb") as file:
+        file.write(json.dumps(header).encode().ljust(PAGE))
+        file.truncate(end)
+    return _tensors(_unfinished(path), header, shared=True)
+
+
+def complete(path: Path, key: str) -> dict[str, Tensor]:
+    """Put the file that :func:`create` began into its place.
+
+    Args:
+        path (Path): The place. A file that is there is replaced; who has mapped it keeps what it mapped.
+        key (str): By which it is recognised later.
+
+    Returns:
+        dict[str, Tensor]: Its tensors.
+    """
+    with _unfinished(path).open("r+b") as file:
+        header = json.loads(file.read(PAGE)) | {"key": key}
+        file.seek(0)
+        file.write(json.dumps(header).encode().ljust(PAGE))
+    _unfinished(path).replace(path)
+    return read(path)[1]
+
+
+def read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Map a file.
+
+    Args:
+        path (Path): Of :func:`complete`.
+
+    Returns:
+        tuple[str, dict[str, Tensor]]: Its key and its tensors. Nothing that is written into them reaches the file.
+
+    Raises:
+        ValueError: If it is no such file, or cut off.
+    """
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.read(PAGE))
+            if header["magic"] != MAGIC:
+                raise KeyError(MAGIC)  # noqa: TRY301 - one message for all that it is not
+            return header["key"], _tensors(path, header, shared=False)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a complete file of descriptors.") from error
+
+
+def _tensors(path: Path, header: dict[str, Any], *, shared: bool) -> dict[str, Tensor]:
+    storage = torch.UntypedStorage.from_file(str(path), shared, path.stat().st_size)
+    tensors = {}
+    for name, part in header["parts"].items():
+        dtype = getattr(torch, part["dtype"])
+        images, channels, height, width = part["shape"]
+        flat = torch.empty(0, dtype=dtype)
+        shape = (images, height, width, channels)
+        flat.set_(storage, part["start"] // dtype.itemsize, shape)
+        tensors[name] = flat.permute(0, 3, 1, 2)
+    return tensors
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
