@@ -55,10 +55,12 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
                     theirs = tl.load(gallery + other_cell[:, None] * stored + offset, mask=mask, other=0)
                     ours = tl.load(query + own + offset, mask=mask, other=0).to(tl.float32)
                     if PACKED:
-                        upper_mask = mask & (offset + stored < channels)
-                        lower = tl.where(mask, (theirs & 15).to(tl.float32) - 8, 0.0)
-                        upper = tl.where(upper_mask, (theirs >> 4).to(tl.float32) - 8, 0.0)
-                        ours_upper = tl.load(query + own + offset + stored, mask=upper_mask, other=0)
+                        # In two's complement. An upper half that no channel has is 0, as what is outside the image.
+                        both = theirs.to(tl.int32)
+                        lower = (((both & 15) ^ 8) - 8).to(tl.float32)
+                        upper = (((both >> 4) ^ 8) - 8).to(tl.float32)
+                        mask &= offset + stored < channels
+                        ours_upper = tl.load(query + own + offset + stored, mask=mask, other=0)
                         similarity += tl.sum(ours * lower + ours_upper.to(tl.float32) * upper, 1)
                         square += tl.sum(lower * lower + upper * upper, 1)
                     else:

@@ -82,15 +82,15 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _tensors(path: Path, header: dict[str, Any], *, shared: bool) -> dict[str, Tensor]:
-    storage = torch.UntypedStorage.from_file(str(path), shared, path.stat().st_size)
+    size = path.stat().st_size
+    bytes_of_file = torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
     tensors = {}
     for name, part in header["parts"].items():
         dtype = getattr(torch, part["dtype"])
         images, channels, height, width = part["shape"]
-        flat = torch.empty(0, dtype=dtype)
-        shape = (images, height, width, channels)
-        flat.set_(storage, part["start"] // dtype.itemsize, shape)
-        tensors[name] = flat.permute(0, 3, 1, 2)
+        count = dtype.itemsize * images * channels * height * width
+        flat = bytes_of_file[part["start"] : part["start"] + count].view(dtype)
+        tensors[name] = flat.view(images, height, width, channels).permute(0, 3, 1, 2)
     return tensors
 
 

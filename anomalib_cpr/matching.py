@@ -199,7 +199,13 @@ def _match_image(
         inside = slice(begin, begin + (last - first) * width)
         for index, reference in enumerate(chosen):
             stored = gallery[reference, first:last].flatten(0, 1)
-            held[inside, index] = unpack(stored, channels) if packed else stored
+            if packed:
+                first_half, second_half = unpack(stored)
+                half = first_half.shape[1]
+                held[inside, index, :half] = first_half
+                held[inside, index, half:] = second_half[:, : channels - half]
+            else:
+                held[inside, index] = stored
             if held_factors is not None and factors is not None:
                 held_factors[inside, index] = factors[reference, first:last].reshape(-1)
         if packed:

@@ -45,9 +45,11 @@ def quantise(descriptors: Tensor) -> tuple[Tensor, Tensor]:
 def pack(descriptors: Tensor) -> Tensor:
     """Store unit vectors in 4 bits per component, two components per byte.
 
-    A byte holds ``channel`` in its lower and ``channel + half`` in its upper four bits, each plus 8; of an odd number
-    of channels, the last byte's upper bits stand for 0. Of a few steps between levels, each descriptor takes the one
-    that bends it least: 12 % less error than with the largest component at the last level (64 channels), 27 % at 384.
+    A byte holds ``channel`` in its lower and ``channel + half`` in its upper four bits, each in two's complement; of an
+    odd number of channels, the last byte's upper bits stand for 0.
+
+    Of a few steps between levels, each descriptor takes the one that bends it least: 12 % less error than with the
+    largest component at the last level (64 channels), 27 % at 384.
 
     Args:
         descriptors (Tensor): Unit vectors of shape ``(batch, channels, height, width)``.
@@ -65,8 +67,8 @@ def pack(descriptors: Tensor) -> Tensor:
         nearest = torch.maximum(cosine, nearest)
     assert best is not None  # noqa: S101 - narrows the type
     half = packed_channels(descriptors.shape[1])
-    codes = F.pad(best, (0, 0, 0, 0, 0, 2 * half - descriptors.shape[1])) + 8
-    return (codes[:, :half] + 16 * codes[:, half:]).to(torch.uint8)
+    codes = F.pad(best, (0, 0, 0, 0, 0, 2 * half - descriptors.shape[1])).to(torch.int8).view(torch.uint8)
+    return (codes[:, :half] & 15) | (codes[:, half:] << 4)
 
 
 def packed_channels(channels: int) -> int:
@@ -81,25 +83,27 @@ def packed_channels(channels: int) -> int:
     return -(-channels // 2)
 
 
-def unpack(packed: Tensor, channels: int, dim: int = 1) -> Tensor:
-    """Integers -7..7 of descriptors in 4 bits.
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Descriptors in 4 bits as numbers that have their direction: 16 times the integers -7..7.
 
     Args:
         packed (Tensor): Bytes of :func:`pack`.
-        channels (int): Of the descriptors.
-        dim (int): Dimension of the channels.
 
     Returns:
-        Tensor: With ``channels`` in that dimension; int8, or float32 while a graph is recorded, because exporters and
-            runtimes know little of small integers.
+        tuple[Tensor, Tensor]: The first half of the channels, and the second; of the shape of the bytes. In int8, or in
+            float32 while a graph is recorded, because exporters and runtimes know little of small integers.
     """
     if is_traced():
         # Products and sums alone: a runtime that writes a quotient or a difference as those may round the result.
         numbers = packed.float()
-        upper = (numbers * 0.0625).floor()
-        return torch.cat([numbers + upper * -16, upper], dim).narrow(dim, 0, channels) + -8
-    integers = torch.cat([packed & 15, packed >> 4], dim).view(torch.int8).sub_(8)
-    return integers.narrow(dim, 0, channels)
+        upper = (numbers * 0.0625).floor() * 16
+        return _signed(numbers * 16 + upper * -16), _signed(upper)
+    return (packed << 4).view(torch.int8), (packed & 0xF0).view(torch.int8)
+
+
+def _signed(numbers: Tensor) -> Tensor:
+    """Numbers 0..255 as what they are in two's complement."""
+    return numbers + (numbers * 2.0**-7).floor() * -256
 
 
 def restore(stored: Tensor, scales: Tensor | None, channels: int) -> Tensor:
@@ -115,7 +119,7 @@ def restore(stored: Tensor, scales: Tensor | None, channels: int) -> Tensor:
         Tensor: Float32, ``(batch, channels, height, width)``.
     """
     if stored.dtype == torch.uint8:
-        integers = unpack(stored, channels).float()
+        integers = torch.cat(unpack(stored), 1).narrow(1, 0, channels).float()
         return integers * _to_length_one(integers)
     return stored.float() if scales is None else stored.float() * scales
 
