@@ -24,6 +24,7 @@ COMMANDS = {
     "explain": ("explain", "show why an image got its score: references, matches, foreground, maps"),
     "benchmark": ("benchmark", "compare models on data sets: quality, time, memory; one process per job, resumable"),
     "report": ("report", "write the report of a benchmark anew, as Markdown and HTML"),
+    "preset": ("preset_file", "write the configuration of a published size, for `anomalib train --config`"),
     "bank": ("bank_accuracy", "measure what a coarser or smaller reference bank costs in accuracy"),
     "galleries": ("gallery_speed", "measure search and inference with large galleries"),
     "parity": ("parity", "compare exported models with their checkpoint: scores, maps, references, latency, size"),

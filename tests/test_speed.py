@@ -145,6 +145,15 @@ def test_command(tmp_path, capsys):
     assert "cpr_faster" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+def test_peak_memory_of_a_peer(tmp_path):
+    arguments = ["--rows", "padim", "--gallery", "3", "--k", "2", "--rounds", "1", "--batch", "1"]
+    assert main(["speed", *arguments, "--json", str(tmp_path / "speed.json")]) == 0
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["peak_mb"] > row["checkpoint_mb"] > row["bank_mb"]
+    assert 0 < row["working_mb"] < row["peak_mb"]
+
+
 @pytest.mark.parametrize("option", ["--k", "--gallery", "--rounds", "--batch"])
 def test_sizes_below_one(option):
     with pytest.raises(SystemExit, match="must be at least 1"):
