@@ -16,6 +16,7 @@ from . import __version__
 # name -> (module of this package, what `anomalib-cpr --help` says about it)
 COMMANDS = {
     "doctor": ("doctor", "check the installation: versions, registration with anomalib, weights, devices"),
+    "check": ("check", "find images that cannot be read, or would be read as something else, before a training"),
     "import-checkpoint": ("import_checkpoint", "turn a checkpoint of the CPR authors into one of anomalib"),
     "ablation": ("ablation", "train short variants on drawn data, one thing changed at a time; or print their table"),
     "profile-training": ("training_profile", "measure what a training step costs, and on what the time goes"),

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from .checkpoint_check import is_finite
 from .lightning_model import IMAGE_SIZE, Cpr
 from .torch_model import CprModel
 
@@ -72,6 +73,9 @@ def read_released(path: str | Path) -> ReleasedWeights:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         hint = " It looks like a checkpoint of Lightning; those need no import." if _is_lightning(content) else ""
         raise ValueError(f"{path} does not hold a state dict of tensors.{hint}")
+    odd = [name for name, value in content.items() if not is_finite(value)]
+    if odd:
+        raise ValueError(f"{path} is damaged: {odd[0]} holds NaN or infinite numbers. Download it again.")
     heads, backbone, other = {}, {}, []
     for name, value in content.items():
         prefix = next((prefix for prefix in (HEADS_PREFIX, *BACKBONE_PREFIXES) if name.startswith(prefix)), None)

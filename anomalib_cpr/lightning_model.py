@@ -3,7 +3,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import checked_size
+from .file_check import FileCheck
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
@@ -266,8 +268,8 @@ class Cpr(AnomalibModule):
         return PostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, and the one that keeps long trainings safe."""
-        return [*super().configure_callbacks(), ResumePoint(self.resume_point_minutes)]  # type: ignore[misc]
+        """Anomalib's components, what keeps long trainings safe, and what names unreadable files."""
+        return [*super().configure_callbacks(), ResumePoint(self.resume_point_minutes), FileCheck()]  # type: ignore[misc]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the heads."""
@@ -561,6 +563,10 @@ class Cpr(AnomalibModule):
         """Leave a model that can predict, also where nothing was validated."""
         self.build_bank()
 
+    def on_fit_end(self) -> None:
+        """The same where the trainer had nothing left to train: in a second fit with one Engine."""
+        self.build_bank()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the bank and what a resumed training needs to know."""
         super().on_save_checkpoint(checkpoint)
@@ -575,7 +581,12 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"]["training_paths"] = self.training_paths
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what was decided in training."""
+        """Restore what was decided in training, unless something is wrong with the checkpoint."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_file(trainer.ckpt_path)
+        check_content(checkpoint, CHECKPOINT_FORMAT)
+        self._check_fit(checkpoint["state_dict"], checkpoint.get("anomalib_components_enabled"), checkpoint)
         super().on_load_checkpoint(checkpoint)
         # Some metrics have buffers (AUPRO its limit), so the state of a training with other metrics would not fit.
         state = checkpoint["state_dict"]
@@ -584,19 +595,79 @@ class Cpr(AnomalibModule):
         if isinstance(self.evaluator, nn.Module):
             state.update(self.evaluator.state_dict(prefix="evaluator."))
         own = checkpoint.get("cpr", {})
-        if own.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"The checkpoint has format {own['format']}, this anomalib_cpr reads up to {CHECKPOINT_FORMAT}. "
-                "Upgrade anomalib_cpr."
-            )
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
-        trainer = getattr(self, "_trainer", None)
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))
         self._trained_on = own.get("training_images")
         self.training_paths = list(own.get("training_paths", []))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Cpr":  # type: ignore[override]  # noqa: ANN401
+        """Load a trained model, see anomalib's ``AnomalibModule.load_from_checkpoint``. No code in the file is run.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            args (Any): Of anomalib's method.
+            kwargs (Any): Of anomalib's method: ``map_location``, ..., and arguments of the model to be replaced.
+
+        Returns:
+            Cpr: The model.
+
+        Raises:
+            ValueError: If the file is damaged, of another kind, or holds code.
+        """
+        if kwargs.get("weights_only", True) is not False:
+            check_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load weights and bank if all of it fits; otherwise the model stays as it was.
+
+        Args:
+            state_dict (Mapping[str, Any]): Of a checkpoint.
+            strict (bool): Refuse missing and unknown names.
+            assign (bool): Take the tensors over in place of copying them.
+
+        Returns:
+            Any: Names that are missing or unknown, if ``strict`` lets them pass.
+
+        Raises:
+            RuntimeError: If it does not fit.
+        """
+        if strict:
+            self._check_fit(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _check_fit(
+        self,
+        state: Mapping[str, Any],
+        enabled: Mapping[str, bool] | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        absent = [f"{name}." for name, value in (enabled or {}).items() if not value]
+        if checkpoint is not None:
+            absent.append("evaluator.")  # brought in line below
+        expected = {name: value for name, value in self.state_dict().items() if not name.startswith(tuple(absent))}
+        given = {name: value for name, value in state.items() if not name.startswith(tuple(absent))}
+        problems = [misfit(given, expected, (checkpoint or {}).get("hyper_parameters"))]
+        of_bank = self._misfit_of_bank(state)
+        if of_bank is not None:
+            problems.insert(0, f"The checkpoint's reference bank does not fit the configuration: {of_bank}")
+        if any(problems):
+            raise RuntimeError(" ".join(filter(None, problems)))
+
+    def _misfit_of_bank(self, state: Mapping[str, Any]) -> str | None:
+        """What the bank is going to refuse, asked before anything is copied."""
+        bank = self.model.bank
+        parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
+        key = bytes(parts.pop(FILE_KEY, torch.zeros(0)).tolist()).hex()
+        return (
+            bank._map_file(key, parts)  # noqa: SLF001 - the bank's own checks, in its own order
+            or bank._misfit(parts)  # noqa: SLF001
+            or bank._reduction_of_file(key, parts)  # noqa: SLF001
+        )
 
     def teardown(self, stage: str) -> None:
         """Free the training images and leave trainer and data module as they were."""
