@@ -25,6 +25,7 @@ ONE_FILE_LIMIT = 2**31 - 2**27
 OPSET = 18  # the exporter's own; asked for another, it makes this one and tries to convert it
 DESCRIPTORS = "bank.descriptors"
 NETWORKS = ("feature_extractor", "metric_heads")
+SEARCH = ("Abs", "ReduceSum", "Less", "Select")  # for pixels without a value; a quantised one would not find any
 REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Unsqueeze", "Subtract")
 FULL_PRECISION = "precise_0"  # OpenVINO's name for "infer in the original precision" in the information at run time
 
@@ -130,7 +131,7 @@ def quantise(model: "ov.Model", datamodule: AnomalibDataModule | None) -> "ov.Mo
         operation.get_friendly_name()
         for operation in model.get_ops()
         if operation.get_type_name() not in {"Constant", "Parameter", "Result"}
-        and operation.get_friendly_name() not in networks
+        and (operation.get_friendly_name() not in networks or operation.get_type_name() in SEARCH)
     ]
     images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
     return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=rest))

@@ -18,6 +18,8 @@ from .metric_head import MetricHead
 from .reference_bank import BankDtype, ReferenceBank
 from .scoring import Scorer
 
+BEYOND_ANY_COLOUR = 1e4  # sum of the channels of a normalised pixel; with 255 in place of 1 it is about 3,000
+
 
 class CprModel(nn.Module):
     """Cascade Patch Retrieval.
@@ -118,11 +120,14 @@ class CprModel(nn.Module):
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(batch,)`` and ``anomaly_map`` of shape
                 ``(batch, 1, height, width)``, both in 0..1, 0 meaning that every patch was found on the references.
+                A pixel that is NaN or infinite is 1 on the map, and so is the score of its image: what was not seen
+                must not pass as good, as NaN would (it exceeds no threshold), in an exported file as well.
 
         Raises:
             RuntimeError: If the model was not fitted.
             ValueError: If the size is not that of the training.
         """
+        images, unseen = split_unseen(images)
         features = self.feature_extractor(images)
         self.bank.check(features[0].shape[-2:])
         queries = self.describe(features)
@@ -130,7 +135,9 @@ class CprModel(nn.Module):
             references, foregrounds = self.retrieve(features[0])
             distances = self.match(queries, references)
             anomaly_map, score = self.scorer(distances, foregrounds, images.shape[-2:])
-        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+        return InferenceBatch(
+            pred_score=torch.maximum(score, unseen.amax((1, 2, 3))), anomaly_map=torch.maximum(anomaly_map, unseen)
+        )
 
     @property
     def heads(self) -> list[MetricHead]:
@@ -211,6 +218,24 @@ class CprModel(nn.Module):
             raise
         finally:
             self.train(was_training)
+
+
+def split_unseen(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Part images into what the network can look at, and where there is nothing to look at.
+
+    By comparison with a limit, which NaN fails: ``x != x`` is what optimisers of exported graphs like to fold away.
+
+    Args:
+        images (Tensor): Normalised images of shape ``(batch, channels, height, width)``.
+
+    Returns:
+        tuple[Tensor, Tensor]: The images with 0 in place of pixels that are NaN, infinite or beyond
+            :data:`BEYOND_ANY_COLOUR` in any channel; and a map of ``(batch, 1, height, width)``, 1 at these pixels,
+            0 elsewhere.
+    """
+    seen = images.abs().sum(1, keepdim=True) < BEYOND_ANY_COLOUR
+    zero = torch.zeros((), dtype=images.dtype, device=images.device)
+    return torch.where(seen, images, zero), torch.where(seen, zero, torch.ones_like(zero))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

@@ -208,3 +208,24 @@ def test_failure_while_remembering_leaves_no_half_bank(images):
     with pytest.raises(KeyboardInterrupt):
         model.remember(broken())
     assert len(model.bank) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_pixels_without_a_value_are_anomalies(images, value):
+    model = make_model(images)
+    queries = images[:3].clone()
+    expected = model(queries)
+    queries[1, 2, 10, 20] = value
+    result = model(queries)
+    assert result.anomaly_map.isfinite().all()
+    assert result.anomaly_map[1, 0, 10, 20] == result.pred_score[1] == 1
+    assert result.anomaly_map[1, 0].flatten().sort().values[-2] < 1, "only that pixel"
+    for index in (0, 2):
+        assert torch.equal(result.anomaly_map[index], expected.anomaly_map[index])
+        assert torch.equal(result.pred_score[index], expected.pred_score[index])
+
+
+def test_an_image_without_any_value(images):
+    result = make_model(images)(torch.full((1, 3, 64, 96), float("nan")))
+    assert (result.anomaly_map == 1).all()
+    assert result.pred_score == 1
