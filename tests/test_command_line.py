@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from anomalib.cli import AnomalibCLI
 from conftest import TINY_BACKBONE, write_mvtec
 
 PROJECT = Path(__file__).parents[1]
@@ -89,6 +91,18 @@ def test_checkpoint_can_be_evaluated(trained, command):
     folder, _ = trained
     result = anomalib(command, "--config", "config.yaml", "--ckpt_path", checkpoint_of(folder), folder=folder)
     assert "image_AUROC" in result.stdout or command == "validate"
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_training_goes_on_from_a_checkpoint(trained, tmp_path, command):
+    """In this process; `anomalib fit` is the subcommand that the others here do not cover."""
+    folder, _ = trained
+    own = ["--trainer.max_steps=4", f"--default_root_dir={tmp_path}", f"--ckpt_path={checkpoint_of(folder)}"]
+    command_line = AnomalibCLI([command, f"--config={folder / 'config.yaml'}", *own])
+    assert command_line.engine.trainer.global_step == 4
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    assert bool(list(tmp_path.rglob("images/**/*.png"))) == (command == "train"), "only train tests and draws"
 
 
 def test_predict_from_a_checkpoint_draws_pictures(trained, tmp_path):

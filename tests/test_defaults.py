@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.models import get_model
 from conftest import write_mvtec
@@ -42,9 +43,14 @@ def test_default_arguments(cache, tmp_path, monkeypatch):
     engine().fit(model, datamodule=data)
     assert bool(model.model.feature_extractor.weights_loaded)
     (checkpoint,) = (tmp_path / "results").rglob("model.ckpt")
-    for command in ("validate", "test"):
+    for command in ("validate", "test", "train"):  # the last continues a training that is complete, and tests
         (metrics,) = getattr(engine(), command)(get_model("cpr"), datamodule=data, ckpt_path=checkpoint)
         assert command == "validate" or "image_AUROC" in metrics
     predictions = engine().predict(get_model("cpr"), datamodule=data, ckpt_path=checkpoint)
     assert sum(len(batch.image) for batch in predictions) == 4
     assert all(batch.anomaly_map.isfinite().all() for batch in predictions)
+    path = engine().export(get_model("cpr"), ExportType.TORCH, ckpt_path=checkpoint)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    result = TorchInferencer(path, device="cpu").predict(torch.full((3, 256, 256), 0.5))
+    assert 0 <= result.pred_score <= 1
+    assert result.anomaly_map.isfinite().all()
