@@ -23,12 +23,22 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
+from .durable_checkpoint import save_checkpoints_durably
 from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import checked_size
 from .file_check import FileCheck
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
+from .ranks import (
+    average,
+    evaluate_each_image_once,
+    exchange,
+    gather_predictions,
+    refuse_sharded_models,
+    send,
+    share_output_folder,
+)
 from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
 from .reference_bank import BankDtype
 from .resume_point import ResumePoint
@@ -216,6 +226,7 @@ class Cpr(AnomalibModule):
         self.seed: int | None = None
         self.training_paths: list[str] = []
         self.saves_bank = True
+        self.saves_alone = False
         self.held_out: list[str] = []
         self._known: tuple[Tensor, Tensor] | None = None
         self._training_data: TrainingData | None = None
@@ -292,6 +303,13 @@ class Cpr(AnomalibModule):
             stage (str): Of the trainer.
         """
         datamodule = getattr(self.trainer, "datamodule", None)
+        if self._ranks > 1:
+            refuse_sharded_models(self.trainer.strategy)
+            evaluate_each_image_once(self.trainer, self)
+            if stage == "fit":
+                share_output_folder(self.trainer)
+        if stage == "fit":
+            save_checkpoints_durably(self.trainer)
         if stage == "fit" and self.known_anomalies is not None:
             self._read_known(datamodule)
         if stage != "predict":
@@ -346,7 +364,8 @@ class Cpr(AnomalibModule):
         """Read the images, learn codebook and foreground, and find the neighbours; skip what a checkpoint holds."""
         resumed = self.trainer.ckpt_path is not None and self.model.global_retriever.is_fitted
         if self.seed is None or not resumed:
-            self.seed = torch.initial_seed() % 2**63 if self._given_seed is None else self._given_seed
+            seed = torch.initial_seed() % 2**63 if self._given_seed is None else self._given_seed
+            self.seed = self.trainer.strategy.broadcast(seed)
         if not resumed:
             self.resolved_kind = None if self.kind == "auto" else self.kind
         # What may be missing comes first, so that nobody waits for an error.
@@ -390,7 +409,8 @@ class Cpr(AnomalibModule):
             f"{self.model.bank.size_for(len(images), cells):.0f} MB "
             f"({self.model.bank.bank_dtype}) on "
             f"{self.model.bank.file or self.model.bank.descriptors_1.device}. "
-            f"A step compares {self._batch_size} pairs of images (train_batch_size), in "
+            f"A step compares {self._batch_size} pairs of images (train_batch_size)"
+            f"{f' on each of {self._ranks} processes' if self._ranks > 1 else ''}, in "
             f"{step_precision(self.training_precision, self.device)}."
         )
 
@@ -406,7 +426,15 @@ class Cpr(AnomalibModule):
         model, bank = self.model, self.model.bank
         bank.clear()
         model.foreground_estimator.disable()
-        seed, count = int(self.seed or 0), len(images)
+        if self.trainer.is_global_zero:
+            self._learn_codebook_and_foreground(images)
+        if self._ranks > 1:
+            send([model.global_retriever.codebook, *model.foreground_estimator.parameters()])
+            self.resolved_kind = self.trainer.strategy.broadcast(self.resolved_kind)
+        self._describe_globally(images)
+
+    def _learn_codebook_and_foreground(self, images: TrainingImages) -> None:
+        model, seed, count = self.model, int(self.seed or 0), len(images)
         batches = -(-count // self._preparation_batch)
         with stage("Features"):
             samples = collect_samples(model, self._track("Features", batches)(self._batches(images)), count, seed)
@@ -417,12 +445,14 @@ class Cpr(AnomalibModule):
             model.global_retriever.codebook.copy_(torch.from_numpy(words))
         with stage("Foreground"):
             self._learn_foreground(samples, seed)
-        self._describe_globally(images)
 
     def _describe_globally(self, images: TrainingImages) -> None:
-        batches = -(-len(images) // self._preparation_batch)
+        bank, total = self.model.bank, -(-len(images) // self._preparation_batch)
         with stage("Histograms"):
-            describe_globally(self.model, self._batches(images), self._track("Histograms", batches))
+            batches = self._track("Histograms", total)(self._batches(images))
+            spans = describe_globally(self.model, batches, self.trainer.global_rank, self._ranks)
+            if self._ranks > 1:
+                exchange([bank.histograms, bank.foregrounds], spans, self.device)
 
     def _learn_foreground(self, samples: dict[str, Any], seed: int) -> None:
         kind, reason = self.resolved_kind, f"kind={self.kind!r} was given"
@@ -464,7 +494,7 @@ class Cpr(AnomalibModule):
             max_steps=self.trainer.max_steps,
             accumulate=self.trainer.accumulate_grad_batches,
             images=len(data.images),
-            batch_size=self._batch_size,
+            batch_size=self._batch_size * self._ranks,
             default_steps=self.training_steps or PAPER_STEPS[data.kind],
         )
         if self._plan.epochs is not None:
@@ -486,6 +516,8 @@ class Cpr(AnomalibModule):
         images = data.images.normalize(data.images.take(chosen, self.device))
         for head, features in zip(self.model.heads, frozen_features(self.model, images), strict=True):
             head.centre(features)
+        if self._ranks > 1:  # parameters that differ in the last bit would differ for ever
+            send([*self.model.metric_heads.parameters(), *self.model.metric_heads.buffers()])
 
     # --- steps
 
@@ -536,6 +568,11 @@ class Cpr(AnomalibModule):
         with training_autocast(self.training_precision, self.device):
             return training_loss(self.model, data, images, generator)
 
+    def on_after_backward(self) -> None:
+        """Of several processes each has seen other images; give their heads the running statistics of all."""
+        if self._ranks > 1:
+            average([buffer for buffer in self.model.metric_heads.buffers() if buffer.is_floating_point()])
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Tell a log file how far training is."""
         del batch, batch_idx
@@ -546,14 +583,31 @@ class Cpr(AnomalibModule):
 
     # --- the reference bank
 
-    def build_bank(self) -> None:
-        """Describe the training images with the heads as they are now, if that was not done since the last step."""
-        data = self._training_data
-        if data is None or len(self.model.bank):
+    def build_bank(self, *, alone: bool = False) -> None:
+        """Describe the training images with the heads as they are now, if that was not done since the last step.
+
+        Args:
+            alone (bool): Of several processes only this one asks for it; otherwise they share the work.
+        """
+        data, bank = self._training_data, self.model.bank
+        if data is None or len(bank):
             return
+        rank, ranks = (0, 1) if alone else (self.trainer.global_rank, self._ranks)
         with stage("Reference bank"):
             batches = -(-len(data.images) // self._preparation_batch)
-            self.model.remember(self._track("Reference bank", batches)(self._batches(data.images)))
+            tracked = self._track("Reference bank", batches)(self._batches(data.images))
+            spans = self.model.remember(tracked, rank, ranks)
+            if ranks > 1:
+                self._exchange_descriptors(spans)
+
+    def _exchange_descriptors(self, spans: list[tuple[int, int, int]]) -> None:
+        bank = self.model.bank
+        held = [tensor for tensor in (*bank.descriptors, *bank.scales) if tensor is not None]
+        try:
+            exchange(held, spans, self.device)
+        except BaseException:
+            bank.clear()  # as in CprModel.remember
+            raise
 
     def on_validation_start(self) -> None:
         """Build the bank that validation compares with."""
@@ -571,7 +625,7 @@ class Cpr(AnomalibModule):
         """Add the bank and what a resumed training needs to know."""
         super().on_save_checkpoint(checkpoint)
         if self.saves_bank:
-            self.build_bank()
+            self.build_bank(alone=self.saves_alone)
             checkpoint["state_dict"].update(self.model.bank.state_dict(prefix="model.bank."))
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
@@ -700,6 +754,11 @@ class Cpr(AnomalibModule):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
+    def on_predict_epoch_end(self) -> None:
+        """Of several processes each has predicted a share; give all to each."""
+        if self._ranks > 1:
+            gather_predictions(self.trainer)
+
     # --- export: anomalib's own, in a state in which the file scores like the model
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
@@ -741,6 +800,21 @@ class Cpr(AnomalibModule):
     def copies_in_bank(self) -> int:
         """How many consecutive images of the bank show one photograph; 1 if ``max_references`` has left some out."""
         return 1 + len(self.rotations) if len(self.model.bank) == len(self.training_paths) else 1
+
+    @property
+    def _ranks(self) -> int:
+        """Number of processes."""
+        trainer = getattr(self, "_trainer", None)
+        return 1 if trainer is None else trainer.world_size
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel is not to broadcast before each batch: all buffers.
+
+        Ours are equal on all ranks at any time. And ranks could not evaluate different numbers of batches, nor could
+        the bank stay in main memory.
+        """
+        return [name for name, _ in self.named_buffers()]
 
     @property
     def _preparation_batch(self) -> int:

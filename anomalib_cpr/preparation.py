@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is learned from the training images before the first step: codebook, foreground, histograms."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from .feature_extractor import STRIDES
 from .foreground import Discriminant, border_and_centre, fit_discriminant
 from .torch_model import CprModel
 
@@ -133,18 +134,34 @@ def estimate_foreground(
 
 
 @torch.no_grad()
-def describe_globally(model: CprModel, batches: Iterable[Tensor], track: Callable[[Iterable], Iterator] = iter) -> None:
+def describe_globally(
+    model: CprModel, batches: Iterable[Tensor], rank: int = 0, ranks: int = 1
+) -> list[tuple[int, int, int]]:
     """Write histograms and foreground maps of the training images into the model's bank.
 
     Args:
         model (CprModel): With codebook and foreground estimator fitted.
         batches (Iterable[Tensor]): Normalised images, ``(batch, 3, height, width)`` each.
-        track (Callable): Wraps the iteration, for a progress bar.
+        rank (int): Of this process.
+        ranks (int): Number of processes. Each describes the batches whose turn it is, and leaves the others open.
+
+    Returns:
+        list[tuple[int, int, int]]: For each batch: its first image, the one after its last, and the rank that
+            describes it.
     """
     histograms, foregrounds = [], []
-    for images in track(batches):
-        features = model.feature_extractor(images)[0].float()
-        histograms.append(model.global_retriever(features))
-        foregrounds.append(model.foreground_estimator(features))
+    spans: list[tuple[int, int, int]] = []
+    for images in batches:
+        start = spans[-1][1] if spans else 0
+        spans.append((start, start + len(images), len(spans) % ranks))
+        if spans[-1][2] == rank:
+            features = model.feature_extractor(images)[0].float()
+            histograms.append(model.global_retriever(features))
+            foregrounds.append(model.foreground_estimator(features))
+        else:
+            cells = [side // STRIDES[0] for side in images.shape[-2:]]
+            histograms.append(images.new_empty(len(images), *model.bank.histograms.shape[1:]))
+            foregrounds.append(images.new_empty(len(images), 1, *cells))
     model.bank.histograms = torch.cat(histograms)
     model.bank.foregrounds = torch.cat(foregrounds)
+    return spans

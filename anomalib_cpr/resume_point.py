@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 RESUME_NAME = "resume.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"
@@ -46,19 +47,23 @@ class ResumePoint(Callback):
         """Keep what was learned."""
         try:
             self._rescue(trainer, exception)
+        except OSError as error:
+            # The disk may be what failed. The first error, not this one, is to reach the user.
+            rank_zero_warn(f"No resume point: {error}")
         finally:
             # A later fit with this trainer must find it as the user made it; Lightning runs no teardown hook here.
             cast("Any", pl_module).end_fit()
 
     def _rescue(self, trainer: Trainer, exception: BaseException) -> None:
         folder = _folder(trainer)
-        if folder is None or not trainer.training or trainer.global_step == 0:
+        # Validation within a training counts: what it follows may have taken hours.
+        if folder is None or trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
             return
         # The quick one first: building the bank takes a while, and may be what failed.
-        self._save(trainer, folder / RESUME_NAME, bank=False)
+        self._save(trainer, folder / RESUME_NAME, bank=False, alone=True)
         rank_zero_info(f"Training can be resumed at step {trainer.global_step}: ckpt_path={folder / RESUME_NAME}")
         if isinstance(exception, KeyboardInterrupt):
-            self._save(trainer, folder / INTERRUPTED_NAME, bank=True)
+            self._save(trainer, folder / INTERRUPTED_NAME, bank=True, alone=True)
             rank_zero_info(f"What was learned so far can be tested and resumed: ckpt_path={folder / INTERRUPTED_NAME}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,13 +74,25 @@ class ResumePoint(Callback):
             (folder / RESUME_NAME).unlink(missing_ok=True)
 
     @staticmethod
-    def _save(trainer: Trainer, path: Path, *, bank: bool) -> None:
+    def _save(trainer: Trainer, path: Path, *, bank: bool, alone: bool = False) -> None:
+        """Write a checkpoint.
+
+        Args:
+            trainer (Trainer): Of the training.
+            path (Path): Target.
+            bank (bool): With the reference bank.
+            alone (bool): Other processes, if there are any, may be anywhere: do not wait for them.
+        """
         module = cast("Any", trainer.lightning_module)
-        module.saves_bank = bank
+        module.saves_bank, module.saves_alone = bank, alone
         try:
-            trainer.save_checkpoint(path)
+            if not alone:
+                trainer.save_checkpoint(path)
+            elif trainer.is_global_zero:
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # noqa: SLF001 - there is no public way
+                trainer.strategy.save_checkpoint(checkpoint, path)
         finally:
-            module.saves_bank = True
+            module.saves_bank, module.saves_alone = True, False
 
 
 def _folder(trainer: Trainer) -> Path | None:

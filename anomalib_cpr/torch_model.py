@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cascade as one PyTorch module: what validates, predicts and exports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,7 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from .feature_extractor import FeatureExtractor
+from .feature_extractor import STRIDES, FeatureExtractor
 from .foreground import ForegroundEstimator
 from .global_retrieval import GlobalRetriever
 from .matching import match
@@ -188,36 +188,48 @@ class CprModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def remember(self, batches: Sequence[Tensor] | Callable[[], Sequence[Tensor]]) -> None:
+    def remember(self, batches: Iterable[Tensor], rank: int = 0, ranks: int = 1) -> list[tuple[int, int, int]]:
         """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
 
         With ``max_references``, only images that represent all are described, and the bank forgets the others.
 
         Args:
-            batches (Sequence[Tensor] | Callable): Normalised images, ``(batch, 3, height, width)`` each.
+            batches (Iterable[Tensor]): Normalised images, ``(batch, 3, height, width)`` each.
+            rank (int): Of this process.
+            ranks (int): Number of processes. Each describes the batches whose turn it is, and leaves the others open.
+
+        Returns:
+            list[tuple[int, int, int]]: For each batch: first image in the bank, the one after the last, and the rank
+                that describes it.
         """
         was_training = self.training
         self.eval()
+        spans: list[tuple[int, int, int]] = []
         try:
             chosen = self.bank.representatives()
             wanted = torch.zeros(len(self.bank.histograms), dtype=torch.bool).index_fill_(0, chosen, True)
             seen = written = 0
-            for batch in batches() if callable(batches) else batches:
-                images = batch[wanted[seen : seen + len(batch)].to(batch.device)]
+            for batch in batches:
+                kept = wanted[seen : seen + len(batch)]
                 seen += len(batch)
-                if not len(images):
+                if not kept.any():
                     continue
-                descriptors = self.describe(self.feature_extractor(images))
-                if written == 0:
-                    self.bank.allocate(len(chosen), [(d.shape[-2], d.shape[-1]) for d in descriptors])
-                self.bank.write(written, descriptors)
-                written += len(images)
+                if not spans:
+                    height, width = batch.shape[-2:]
+                    self.bank.allocate(len(chosen), [(height // stride, width // stride) for stride in STRIDES])
+                owner = len(spans) % ranks
+                spans.append((written, written + int(kept.sum()), owner))
+                if owner == rank:
+                    images = batch[kept.to(batch.device)]
+                    self.bank.write(written, self.describe(self.feature_extractor(images)))
+                written = spans[-1][1]
             self.bank.keep(chosen)
         except BaseException:
             self.bank.clear()  # a half-filled bank would silently compare with noise
             raise
         finally:
             self.train(was_training)
+        return spans
 
 
 def split_unseen(images: Tensor) -> tuple[Tensor, Tensor]:
