@@ -25,9 +25,10 @@ from torchvision.transforms import v2
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .durable_checkpoint import save_checkpoints_durably
 from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
-from .feature_extractor import checked_size
+from .feature_extractor import STRIDES, checked_size
 from .file_check import FileCheck
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
+from .memory import ON_HOST, SMALLER_BANK, is_out_of_memory, scarcity
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
 from .ranks import (
@@ -225,8 +226,8 @@ class Cpr(AnomalibModule):
         self._given_seed = seed
         self.seed: int | None = None
         self.training_paths: list[str] = []
-        self.saves_bank = True
-        self.saves_alone = False
+        self.saves_bank, self.saves_alone = True, False
+        self.nothing_was_run = False
         self.held_out: list[str] = []
         self._known: tuple[Tensor, Tensor] | None = None
         self._training_data: TrainingData | None = None
@@ -234,6 +235,7 @@ class Cpr(AnomalibModule):
         self._trained_on: int | None = None
         self._synthesise: SyntheticAnomalyGenerator | None = None
         self._plan: StepPlan | None = None
+        self._before_step: tuple[int, list[Tensor]] | None = None
         self._batch_size = 0
         self._given_by_user: tuple[Any, int | None] | None = None
         self._step_log: StepLog | None = None
@@ -362,6 +364,7 @@ class Cpr(AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Read the images, learn codebook and foreground, and find the neighbours; skip what a checkpoint holds."""
+        self.nothing_was_run = True
         resumed = self.trainer.ckpt_path is not None and self.model.global_retriever.is_fitted
         if self.seed is None or not resumed:
             seed = torch.initial_seed() % 2**63 if self._given_seed is None else self._given_seed
@@ -401,18 +404,27 @@ class Cpr(AnomalibModule):
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
-        cells = [(images.size[0] // stride, images.size[1] // stride) for stride in (4, 8)]
+        self._say_what_it_takes(images)
+
+    def _say_what_it_takes(self, images: TrainingImages) -> None:
+        bank = self.model.bank
+        cells = [(images.size[0] // stride, images.size[1] // stride) for stride in STRIDES]
+        megabytes, device = bank.size_for(len(images), cells), bank.descriptors_1.device
         rank_zero_info(
             f"{len(images)} training images of {images.size[0]}x{images.size[1]} in memory "
             f"({images.images.nbytes / 1e6:.0f} MB); the reference bank will hold "
-            f"{self.model.bank.count_for(len(images))} of them and take "
-            f"{self.model.bank.size_for(len(images), cells):.0f} MB "
-            f"({self.model.bank.bank_dtype}) on "
-            f"{self.model.bank.file or self.model.bank.descriptors_1.device}. "
+            f"{bank.count_for(len(images))} of them and take {megabytes:.0f} MB "
+            f"({bank.bank_dtype}) on {bank.file or device}. "
             f"A step compares {self._batch_size} pairs of images (train_batch_size)"
             f"{f' on each of {self._ranks} processes' if self._ranks > 1 else ''}, in "
             f"{step_precision(self.training_precision, self.device)}."
         )
+        local = (
+            self.trainer.num_devices if device.type == "cpu" else 1
+        )  # processes of one machine share its main memory
+        warning = scarcity(1e6 * megabytes * local, device, "The reference bank", _way_out(device))
+        if warning:
+            rank_zero_warn(warning)
 
     def _take_over_loader(self) -> torch.utils.data.DataLoader:
         """Put a loader of steps in place of the user's loader, which is read only once; return the user's."""
@@ -529,9 +541,9 @@ class Cpr(AnomalibModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Free descriptors that the step is going to outdate."""
         del batch, batch_idx
-        self.model.bank.clear()
-        if self._described is not None:  # with max_references, the bank has forgotten some
-            self.model.bank.histograms, self.model.bank.foregrounds = self._described
+        self.nothing_was_run = False
+        self.drop_bank()
+        self._before_step = (self.trainer.global_step, [statistic.clone() for statistic in self._running_statistics])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
         """One step of metric learning.
@@ -568,14 +580,26 @@ class Cpr(AnomalibModule):
         with training_autocast(self.training_precision, self.device):
             return training_loss(self.model, data, images, generator)
 
+    @property
+    def _running_statistics(self) -> list[Tensor]:
+        """What a step changes in the heads before it has changed their parameters."""
+        return list(self.model.metric_heads.buffers())
+
+    def forget_unfinished_step(self) -> None:
+        """Take back what a step has done that did not come to its end, so that it can be done again."""
+        if self._before_step is not None and self._before_step[0] == self.trainer.global_step:
+            for held, before in zip(self._running_statistics, self._before_step[1], strict=True):
+                held.copy_(before)
+
     def on_after_backward(self) -> None:
         """Of several processes each has seen other images; give their heads the running statistics of all."""
         if self._ranks > 1:
-            average([buffer for buffer in self.model.metric_heads.buffers() if buffer.is_floating_point()])
+            average([statistic for statistic in self._running_statistics if statistic.is_floating_point()])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Tell a log file how far training is."""
         del batch, batch_idx
+        self._before_step = None
         if self._step_log is not None and not sys.stdout.isatty():
             line = self._step_log.update(self.trainer.global_step, outputs["loss"])
             if line is not None:
@@ -593,12 +617,27 @@ class Cpr(AnomalibModule):
         if data is None or len(bank):
             return
         rank, ranks = (0, 1) if alone else (self.trainer.global_rank, self._ranks)
+        batches = -(-len(data.images) // self._preparation_batch)
+        tracked = self._track("Reference bank", batches)(self._batches(data.images))
         with stage("Reference bank"):
-            batches = -(-len(data.images) // self._preparation_batch)
-            tracked = self._track("Reference bank", batches)(self._batches(data.images))
-            spans = self.model.remember(tracked, rank, ranks)
-            if ranks > 1:
-                self._exchange_descriptors(spans)
+            try:
+                spans = self.model.remember(tracked, rank, ranks)
+                if ranks > 1:
+                    self._exchange_descriptors(spans)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                device = bank.descriptors_1.device
+                raise MemoryError(
+                    f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
+                    f"{device} ({error}). Resume with a smaller one: {_way_out(device)}. No step is lost."
+                ) from error
+
+    def drop_bank(self) -> None:
+        """Free the descriptors of the training images."""
+        self.model.bank.clear()
+        if self._described is not None:  # with max_references, the bank has forgotten some
+            self.model.bank.histograms, self.model.bank.foregrounds = self._described
 
     def _exchange_descriptors(self, spans: list[tuple[int, int, int]]) -> None:
         bank = self.model.bank
@@ -736,9 +775,13 @@ class Cpr(AnomalibModule):
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
         self._given_by_user = self._training_data = self._synthesise = self._described = self._step_log = None
-        self._known = None
+        self._known = self._before_step = None
 
     # --- evaluation
+
+    def on_validation_end(self) -> None:
+        """Remember that thresholds are those of the model."""
+        self.nothing_was_run = False
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Predict a batch.
@@ -827,3 +870,7 @@ class Cpr(AnomalibModule):
     def _track(self, description: str, total: int) -> Any:  # noqa: ANN401
         enabled = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         return progress_bar(description, total, enabled=enabled)
+
+
+def _way_out(device: torch.device) -> str:
+    return SMALLER_BANK if device.type == "cpu" else SMALLER_BANK + ON_HOST

@@ -59,6 +59,7 @@ class ResumePoint(Callback):
         # Validation within a training counts: what it follows may have taken hours.
         if folder is None or trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
             return
+        cast("Any", trainer.lightning_module).forget_unfinished_step()
         # The quick one first: building the bank takes a while, and may be what failed.
         self._save(trainer, folder / RESUME_NAME, bank=False, alone=True)
         rank_zero_info(f"Training can be resumed at step {trainer.global_step}: ckpt_path={folder / RESUME_NAME}")
@@ -68,10 +69,29 @@ class ResumePoint(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the resume point: the final checkpoint holds more."""
-        del pl_module
+        if trainer.global_step > 0 and cast("Any", pl_module).nothing_was_run:
+            self._finish(trainer, pl_module)
         folder = _folder(trainer)
         if folder is not None and trainer.is_global_zero:
             (folder / RESUME_NAME).unlink(missing_ok=True)
+
+    @staticmethod
+    def _finish(trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what follows the last step, where a training was interrupted just there.
+
+        What Lightning does then depends on where exactly that was, and is at best a part of it.
+        """
+        rank_zero_info("No step is left: what remains is the reference bank, validation and the checkpoint.")
+        cast("Any", pl_module).build_bank()
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # all of it: the metrics of its first half are gone
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._last_global_step_saved = 0  # noqa: SLF001 - it may have saved what was not validated
+                callback.on_train_epoch_end(trainer, pl_module)
 
     @staticmethod
     def _save(trainer: Trainer, path: Path, *, bank: bool, alone: bool = False) -> None:
@@ -85,6 +105,8 @@ class ResumePoint(Callback):
         """
         module = cast("Any", trainer.lightning_module)
         module.saves_bank, module.saves_alone = bank, alone
+        if not bank:
+            module.drop_bank()
         try:
             if not alone:
                 trainer.save_checkpoint(path)

@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from .memory import scarcity
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,12 +97,16 @@ def load_training_images(
     images: Tensor | None = None
     paths: list[str] = []
     count = 0
-    for index, (image, anomalous) in enumerate(track(reader)):
+    for index, (image, anomalous) in enumerate(_mourn_workers(track(reader))):
         if anomalous:
             continue
         paths.append(dataset.path(index))
         prepared = resize(image[None]).float()
         if images is None:
+            needed = len(dataset) * prepared[0].nbytes
+            warning = scarcity(needed, torch.device("cpu"), "The training images", "train on fewer or smaller images")
+            if warning:
+                logger.warning(warning)
             images = torch.empty(len(dataset), *prepared.shape[1:])
         if prepared.shape[1:] != images.shape[1:]:
             raise ValueError(
@@ -194,6 +200,21 @@ def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Ten
     parts = list(transform.transforms) if isinstance(transform, v2.Compose) else [transform] if transform else []
     normalize = parts.pop() if parts and isinstance(parts[-1], v2.Normalize) else None
     return (v2.Compose(parts) if parts else nn.Identity()), normalize
+
+
+def _mourn_workers(items: Iterable) -> Iterator:
+    """Say what to do where a process that reads images dies; of itself it leaves only its number."""
+    try:
+        yield from items
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" not in text or not ("exited unexpectedly" in text or "killed by signal" in text):
+            raise
+        raise RuntimeError(
+            f"A process that reads training images died: {text.strip()} Often memory, or shared memory (/dev/shm), ran "
+            "out: use fewer (num_workers of the data module; with 0, the main process reads, and names what it cannot "
+            "read). Nothing was trained yet."
+        ) from error
 
 
 class _RepeatableDataset(Dataset):

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory there is, and what to do where it is not enough."""
+
+from pathlib import Path
+
+import torch
+
+TIGHT = 0.8  # share of the available memory from which on a warning is due: other things need some, too
+SMALLER_BANK = (
+    "bank_dtype='float16' or 'int8' takes a half or a quarter of float32, descriptor_channels=64 a sixth of 384, and "
+    "max_references=N keeps the N training images that represent all"
+)
+ON_HOST = "; bank_on_host=True leaves the bank in main memory"
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_MEMORY_INFO = Path("/proc/meminfo")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken.
+
+    Args:
+        device (torch.device): A CUDA device has its own memory; any other is taken for the CPU.
+
+    Returns:
+        int | None: Bytes; of main memory, what the control group of a container allows if that is less. None where the
+            system does not tell (only Linux does).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        entries = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text(encoding="ascii").splitlines())
+        available = int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    allowed = _allowed_by_control_group()
+    return available if allowed is None else min(available, allowed)
+
+
+def _allowed_by_control_group() -> int | None:
+    try:
+        limit = (_CONTROL_GROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (_CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        reclaimable = int(dict(line.split() for line in lines).get("inactive_file", 0))
+        return None if limit == "max" else max(0, int(limit) - used + reclaimable)
+    except (OSError, ValueError):
+        return None
+
+
+def scarcity(needed: float, device: torch.device, what: str, way_out: str) -> str | None:
+    """Say that something may not fit into memory.
+
+    Args:
+        needed (float): Bytes.
+        device (torch.device): Where.
+        what (str): That needs them.
+        way_out (str): What to do.
+
+    Returns:
+        str | None: The warning; None if there is enough, or if that is not known.
+    """
+    available = available_bytes(device)
+    if available is None or needed <= TIGHT * available:
+        return None
+    return (
+        f"{what} will take {needed / 1e6:.0f} MB, and {available / 1e6:.0f} MB are free on {device}. Training may end "
+        f"for want of memory: {way_out}."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory; torch says so in different ways.
+
+    Args:
+        error (BaseException): Any.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
