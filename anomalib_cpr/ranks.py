@@ -6,7 +6,7 @@ Every rank holds all training images, since a pair may be drawn of any two. Code
 is shared out in the batches that a single process would form, so that the numbers are the same.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,13 @@ class BatchShare(DistributedSampler):
     """The share of a rank, see :func:`share_of`.
 
     Args:
-        sampler (Sampler): Order of the images in a single process.
+        sampler (Sampler | Iterable): Order of the images in a single process.
         batch_size (int): Images per batch.
         rank (int): Of this process.
         num_replicas (int): Number of processes.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, rank: int, num_replicas: int) -> None:
+    def __init__(self, sampler: Sampler | Iterable, batch_size: int, rank: int, num_replicas: int) -> None:
         count = len(sampler) if isinstance(sampler, Sized) else len(list(sampler))
         super().__init__(range(count), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         self._sampler = sampler
@@ -190,7 +190,7 @@ def gather_predictions(trainer: Trainer) -> None:
         batches[:] = everything
 
 
-def share_output_folder(trainer: Trainer) -> None:
+def share_output_folder(trainer: Any) -> None:  # noqa: ANN401 - a Trainer, of which a private attribute is set
     """Let all ranks write into the folder of rank 0.
 
     anomalib 2.7's Engine makes a new version folder in each process, and ``latest`` points to that of the last one,
