@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "anomalib_cpr"
-ENTRY_POINTS = "[torch.backends]\nanomalib_cpr = anomalib_cpr._autoload:autoload\n"
+PACKAGE = Path(find_spec("anomalib_cpr").origin).parent  # of the checkout, or as it was installed
+ENTRY_POINTS = "[torch.backends]\nanomalib_cpr = _anomalib_cpr_hook:autoload\n"
 HOOK_FILES = ("__init__.py", "_autoload.py", "registration.py")
 SWITCHES = ("ANOMALIB_CPR_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH")
 
@@ -44,6 +45,7 @@ def install(folder: Path, files=None) -> Path:
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: anomalib-cpr\nVersion: 0.1.0\n", encoding="utf-8")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS, encoding="utf-8")
+    shutil.copy(PACKAGE.parent / "_anomalib_cpr_hook.py", folder)
     if files is None:
         shutil.copytree(PACKAGE, folder / "anomalib_cpr", ignore=shutil.ignore_patterns("__pycache__"))
     else:
@@ -213,13 +215,28 @@ def test_toy_failing_import_of_anomalib_stays_its_own(toy):
     assert "doctor" not in result.stderr
 
 
-def test_broken_init_names_the_plugin_and_leaves_a_way_out(site, tmp_path):
-    # Python executes the package before any of its modules: against this, only torch's own switch helps.
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("__init__.py", "def (", "SyntaxError"),
+        ("_autoload.py", "def (", "SyntaxError"),
+        ("__init__.py", "\0", "SyntaxError"),  # zeros, as a crash of the machine leaves them
+        ("__init__.py", "import no_such_library", "No module named 'no_such_library'"),
+        ("__init__.py", "import sys; sys.exit(3)", "SystemExit: 3"),
+        ("_autoload.py", "", "cannot import name 'on_package_import'"),
+    ],
+)
+def test_toy_damaged_package_never_breaks_torch(toy, file, source, reason):
+    (toy / "anomalib_cpr" / file).write_text(source, encoding="utf-8")
+    output = must_run(toy, "import torch, anomalib.models\nassert anomalib.models.AnomalibModule")
+    assert output.count("anomalib-cpr is installed, but damaged") == 1
+    assert reason in output
+
+
+def test_damaged_package_leaves_the_real_torch_importable(site, tmp_path):
     broken = shutil.copytree(site, tmp_path / "broken")
     (broken / "anomalib_cpr/__init__.py").write_text("def (", encoding="utf-8")
-    result = run_python(broken, "import torch")
-    assert "anomalib_cpr" in result.stderr
-    must_run(broken, "import torch", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert "damaged (SyntaxError" in must_run(broken, "import torch\nassert torch.ones(2).sum() == 2")
 
 
 def test_torch_imports_nothing_but_the_hook(site):
