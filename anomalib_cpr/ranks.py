@@ -148,16 +148,17 @@ def evaluate_each_image_once(trainer: Trainer, module: LightningModule) -> None:
 
     Args:
         trainer (Trainer): Runs in several processes. Samplers that are already distributed stay.
-        module (LightningModule): Only while the trainer works for it.
+        module (LightningModule): Only while the trainer works for a model of its kind.
     """
     connector: Any = trainer._data_connector  # noqa: SLF001 - Lightning has no public way
     if getattr(connector, "evaluates_each_image_once", False):
         return
+    kind = type(module)  # not the module, which may be large and is not the last one to use this trainer
     original = connector._resolve_sampler  # noqa: SLF001
 
     def resolve(dataloader: DataLoader, shuffle: bool, mode: RunningStage | None = None) -> Any:  # noqa: ANN401
         evaluating = mode in {RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.PREDICTING}
-        own = trainer.lightning_module is module
+        own = isinstance(trainer.lightning_module, kind)
         if not (evaluating and own and connector._requires_distributed_sampler(dataloader)):  # noqa: SLF001
             return original(dataloader, shuffle, mode=mode)
         batch_size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
