@@ -309,6 +309,7 @@ class Cpr(AnomalibModule):
             refuse_sharded_models(self.trainer.strategy)
             evaluate_each_image_once(self.trainer, self)
             if stage == "fit":
+                self._refuse_shared_file()
                 share_output_folder(self.trainer)
         if stage == "fit":
             save_checkpoints_durably(self.trainer)
@@ -316,6 +317,13 @@ class Cpr(AnomalibModule):
             self._read_known(datamodule)
         if stage != "predict":
             self._hold_out(datamodule)
+
+    def _refuse_shared_file(self) -> None:
+        if self.model.bank.file is not None:
+            raise ValueError(
+                f"bank_file={str(self.model.bank.file)!r} would be written by {self._ranks} processes at once. Train "
+                "with devices=1 (--trainer.devices 1), or without bank_file; tests and predictions may use several."
+            )
 
     def _read_known(self, datamodule: Any) -> None:  # noqa: ANN401
         known, (transform, _) = self.known_anomalies, split_transform(getattr(self.pre_processor, "transform", None))
@@ -423,7 +431,7 @@ class Cpr(AnomalibModule):
             self.trainer.num_devices if device.type == "cpu" else 1
         )  # processes of one machine share its main memory
         warning = scarcity(1e6 * megabytes * local, device, "The reference bank", _way_out(device))
-        if warning:
+        if warning and bank.file is None:
             rank_zero_warn(warning)
 
     def _take_over_loader(self) -> torch.utils.data.DataLoader:
@@ -621,9 +629,7 @@ class Cpr(AnomalibModule):
         tracked = self._track("Reference bank", batches)(self._batches(data.images))
         with stage("Reference bank"):
             try:
-                spans = self.model.remember(tracked, rank, ranks)
-                if ranks > 1:
-                    self._exchange_descriptors(spans)
+                self.model.remember(tracked, rank, ranks, self._exchange_descriptors)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -641,12 +647,7 @@ class Cpr(AnomalibModule):
 
     def _exchange_descriptors(self, spans: list[tuple[int, int, int]]) -> None:
         bank = self.model.bank
-        held = [tensor for tensor in (*bank.descriptors, *bank.scales) if tensor is not None]
-        try:
-            exchange(held, spans, self.device)
-        except BaseException:
-            bank.clear()  # as in CprModel.remember
-            raise
+        exchange([tensor for tensor in (*bank.descriptors, *bank.scales) if tensor is not None], spans, self.device)
 
     def on_validation_start(self) -> None:
         """Build the bank that validation compares with."""

@@ -7,8 +7,8 @@ import torch
 
 TIGHT = 0.8  # share of the available memory from which on a warning is due: other things need some, too
 SMALLER_BANK = (
-    "bank_dtype='float16' or 'int8' takes a half or a quarter of float32, descriptor_channels=64 a sixth of 384, and "
-    "max_references=N keeps the N training images that represent all"
+    "bank_dtype='float16', 'int8' or 'int4' takes a half, a quarter or an eighth of float32, descriptor_channels=64 a "
+    "sixth of 384, max_references=N keeps N training images that represent all, and bank_file=FILE leaves it on disk"
 )
 ON_HOST = "; bank_on_host=True leaves the bank in main memory"
 _CONTROL_GROUP = Path("/sys/fs/cgroup")

@@ -69,7 +69,8 @@ class ResumePoint(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the resume point: the final checkpoint holds more."""
-        if trainer.global_step > 0 and cast("Any", pl_module).nothing_was_run:
+        # Not for a second model of an exhausted trainer, which would overwrite the checkpoint of the first.
+        if trainer.ckpt_path is not None and trainer.global_step > 0 and cast("Any", pl_module).nothing_was_run:
             self._finish(trainer, pl_module)
         folder = _folder(trainer)
         if folder is not None and trainer.is_global_zero:

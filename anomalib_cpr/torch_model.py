@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cascade as one PyTorch module: what validates, predicts and exports."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -188,7 +188,13 @@ class CprModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def remember(self, batches: Iterable[Tensor], rank: int = 0, ranks: int = 1) -> list[tuple[int, int, int]]:
+    def remember(
+        self,
+        batches: Iterable[Tensor],
+        rank: int = 0,
+        ranks: int = 1,
+        exchange: Callable[[list[tuple[int, int, int]]], None] | None = None,
+    ) -> None:
         """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
 
         With ``max_references``, only images that represent all are described, and the bank forgets the others.
@@ -196,11 +202,9 @@ class CprModel(nn.Module):
         Args:
             batches (Iterable[Tensor]): Normalised images, ``(batch, 3, height, width)`` each.
             rank (int): Of this process.
-            ranks (int): Number of processes. Each describes the batches whose turn it is, and leaves the others open.
-
-        Returns:
-            list[tuple[int, int, int]]: For each batch: first image in the bank, the one after the last, and the rank
-                that describes it.
+            ranks (int): Number of processes, of which each describes the batches whose turn it is.
+            exchange (Callable | None): Fetches what the others have described. It is told, for each batch, its first
+                image in the bank, the one after its last, and the rank that describes it.
         """
         was_training = self.training
         self.eval()
@@ -223,13 +227,14 @@ class CprModel(nn.Module):
                     images = batch[kept.to(batch.device)]
                     self.bank.write(written, self.describe(self.feature_extractor(images)))
                 written = spans[-1][1]
+            if ranks > 1 and exchange is not None:
+                exchange(spans)
             self.bank.keep(chosen)
         except BaseException:
             self.bank.clear()  # a half-filled bank would silently compare with noise
             raise
         finally:
             self.train(was_training)
-        return spans
 
 
 def split_unseen(images: Tensor) -> tuple[Tensor, Tensor]:

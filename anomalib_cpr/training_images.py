@@ -5,6 +5,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ class TrainingImages:
             yield self.normalize(images.to(device))
 
 
+@contextmanager
+def _workers_mourned() -> Iterator[None]:
+    """Say what to do where a process that reads images dies; of itself it leaves only its number.
+
+    Around everything, because the signal of its death may arrive while something else is done.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" not in text or not ("exited unexpectedly" in text or "killed by signal" in text):
+            raise
+        raise RuntimeError(
+            f"A process that reads training images died: {text.strip()} Often memory, or shared memory (/dev/shm), ran "
+            "out: use fewer (num_workers of the data module; with 0, the main process reads, and names what it cannot "
+            "read). Nothing was trained yet."
+        ) from error
+
+
+@_workers_mourned()
 def load_training_images(
     loader: DataLoader,
     transform: nn.Module | None,
@@ -97,7 +118,7 @@ def load_training_images(
     images: Tensor | None = None
     paths: list[str] = []
     count = 0
-    for index, (image, anomalous) in enumerate(_mourn_workers(track(reader))):
+    for index, (image, anomalous) in enumerate(track(reader)):
         if anomalous:
             continue
         paths.append(dataset.path(index))
@@ -200,21 +221,6 @@ def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Ten
     parts = list(transform.transforms) if isinstance(transform, v2.Compose) else [transform] if transform else []
     normalize = parts.pop() if parts and isinstance(parts[-1], v2.Normalize) else None
     return (v2.Compose(parts) if parts else nn.Identity()), normalize
-
-
-def _mourn_workers(items: Iterable) -> Iterator:
-    """Say what to do where a process that reads images dies; of itself it leaves only its number."""
-    try:
-        yield from items
-    except RuntimeError as error:
-        text = str(error)
-        if "DataLoader worker" not in text or not ("exited unexpectedly" in text or "killed by signal" in text):
-            raise
-        raise RuntimeError(
-            f"A process that reads training images died: {text.strip()} Often memory, or shared memory (/dev/shm), ran "
-            "out: use fewer (num_workers of the data module; with 0, the main process reads, and names what it cannot "
-            "read). Nothing was trained yet."
-        ) from error
 
 
 class _RepeatableDataset(Dataset):

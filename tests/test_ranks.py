@@ -206,8 +206,14 @@ def test_resumes_as_if_never_interrupted(two, root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{"bank_dtype": "int8", "max_references": 10}, {"bank_dtype": "float16"}])
+@pytest.mark.parametrize("arguments", [{"bank_dtype": "int8", "max_references": 10}, {"bank_dtype": "int4"}])
 def test_smaller_banks(root, tmp_path, arguments):
     first, second = launch(root, tmp_path, **arguments)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
+
+
+@pytest.mark.slow
+def test_a_file_that_two_ranks_would_write_is_refused(root, tmp_path):
+    output = launch(root, tmp_path, fails=True, bank_file=str(tmp_path / "bank"))
+    assert "would be written by 2 processes at once. Train with devices=1" in output
