@@ -20,8 +20,8 @@ SURVEYED_REFERENCES = 5
 LARGEST_SHARE = 0.02
 # A tenth of the image each way: far beyond what alignment leaves.
 GENEROUS_SHARE = 0.1
-# At 160 and 320 pixels: loose drawn tablets 2.27 and 1.96; aligned parts 1.03 and 1.06, turned ones 1.04 and 1.06, a drawn
-# texture 1.13 and 1.33, MVTec AD screw 1.05 at 320.
+# At 160 and 320 pixels: loose drawn tablets 2.27 and 1.96; aligned parts 1.03 and 1.06, turned ones 1.04 and 1.06,
+# a drawn texture 1.13 and 1.33, MVTec AD screw 1.05 at 320.
 LOOSE_ABOVE = 1.6
 
 

@@ -9,11 +9,15 @@ There are four ways with one result:
 - :func:`anomalib_cpr.fused_matching.match_fused` is for GPUs, on request: one Triton kernel.
 """
 
+import itertools
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .quantisation import is_traced, restore, unpack
+from .worker_threads import run_in_threads
 
 PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
@@ -172,27 +176,46 @@ def match_cells(
     factors = None if scales is None else scales[:, 0]
     best = query.new_full(query.shape[:3], -2.0)
     # Image by image: each has references of its own, and the batch size changes nothing.
-    for image, chosen, result in zip(query, references.tolist(), best, strict=True):
-        _match_image(image, gallery, chosen, window, factors, result)
+    # Of each image a band of rows per thread: the products are too small for torch to share out.
+    bands = [range(*band) for band in _bands(query.shape[1], torch.get_num_threads())]
+    run_in_threads(
+        [
+            partial(_match_band, image, gallery, chosen, window, factors, result, band)
+            for image, chosen, result in zip(query, references.tolist(), best, strict=True)
+            for band in bands
+        ]
+    )
     return best[:, None]
 
 
-def _match_image(
-    query: Tensor, gallery: Tensor, chosen: list[int], window: int, factors: Tensor | None, best: Tensor
+def _bands(height: int, count: int) -> list[tuple[int, int]]:
+    """Cut rows into bands of nearly the same height."""
+    edges = [round(height * index / count) for index in range(count + 1)]
+    return [(top, bottom) for top, bottom in itertools.pairwise(edges) if bottom > top]
+
+
+def _match_band(
+    query: Tensor,
+    gallery: Tensor,
+    chosen: list[int],
+    window: int,
+    factors: Tensor | None,
+    best: Tensor,
+    band: range,
 ) -> None:
-    """Match one query, ``(height, width, channels)``, and raise ``best``, ``(height, width)``, to its similarities."""
+    """Match rows of one query, ``(height, width, channels)``, and raise those of ``best``, ``(height, width)``."""
     height, width, channels = query.shape
     k = len(chosen)
     down, right = min(window // 2, height - 1), min(window // 2, width - 1)
     reach = 2 * right + 1
-    rows = min(height, max(1, CHUNK_BYTES // (4 * width * k * channels)))
+    rows = min(len(band), max(1, CHUNK_BYTES // (4 * width * k * channels)))
     # A chunk of rows, the rows above and below that its windows reach, and the cells before and after these. What lies
     # outside the image is compared too, and left out in the end.
     held = query.new_zeros((rows + 2 * down) * width + 2 * right, k, channels)
     packed = gallery.dtype == torch.uint8
     held_factors = None if factors is None else query.new_zeros(held.shape[:2])
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
+    for top in range(band.start, band.stop, rows):
+        bottom = min(top + rows, band.stop)
         cells = (bottom - top) * width
         first, last = max(0, top - down), min(height, bottom + down)
         begin = right + (first - top + down) * width

@@ -96,6 +96,20 @@ def test_batch_size_changes_nothing():
     assert torch.equal(whole, single)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_the_number_of_threads_changes_nothing(threads, monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    query = F.normalize(torch.randn(2, 16, 7, 12, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(5, 16, 7, 12, generator=generator), dim=1)
+    references = torch.randint(5, (2, 3), generator=generator)
+    results = []
+    for count in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        results.append([match(query, gallery, references, 3), match(query, pack(gallery), references, 3)])
+    assert all(map(torch.equal, *results))
+    assert torch.allclose(results[0][0], slow_match(query, gallery, references, 3), atol=1e-6)
+
+
 def test_no_references():
     with pytest.raises(ValueError, match="k must be at least 1"):
         match(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.empty(1, 0, dtype=torch.long), 3)
