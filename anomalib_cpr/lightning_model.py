@@ -22,12 +22,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from .alignment import LOOSE_ABOVE, looseness, surveyed
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .durable_checkpoint import save_checkpoints_durably
 from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import STRIDES, checked_size
 from .file_check import FileCheck
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
+from .matching import WHOLE_MAP
 from .memory import ON_HOST, SMALLER_BANK, is_out_of_memory, scarcity
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
@@ -54,6 +56,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = 3  # 1: no int8 banks, no max_references; 2: no int4 banks
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
+PAPER_WINDOWS = (3, 1)
+ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
 
 class Cpr(AnomalibModule):
@@ -72,8 +76,9 @@ class Cpr(AnomalibModule):
             machines without internet. None asks timm's hub, its cache first.
         descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
-        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the whole
-            map, for parts that lie anywhere.
+        window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
+            whole map, for parts that lie anywhere. None: the paper's 3 and 1, or the whole map where the training
+            images show that parts lie anywhere.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -140,7 +145,7 @@ class Cpr(AnomalibModule):
         backbone_weights: str | Path | None = None,
         descriptor_channels: int = 384,
         k: int = 10,
-        window_sizes: Sequence[int] = (3, 1),
+        window_sizes: Sequence[int] | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -198,7 +203,7 @@ class Cpr(AnomalibModule):
                 backbone_weights=backbone_weights,
                 descriptor_channels=descriptor_channels,
                 k=k,
-                window_sizes=window_sizes,
+                window_sizes=PAPER_WINDOWS if window_sizes is None else window_sizes,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -224,6 +229,7 @@ class Cpr(AnomalibModule):
 
         self.resolved_kind: Kind | None = None if kind == "auto" else kind
         self._given_seed = seed
+        self._given_windows = window_sizes
         self.seed: int | None = None
         self.training_paths: list[str] = []
         self.saves_bank, self.saves_alone = True, False
@@ -409,6 +415,8 @@ class Cpr(AnomalibModule):
         self._training_data = TrainingData(
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
+        if not resumed and self._given_windows is None:
+            self._choose_windows(images, neighbours.cpu())
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
@@ -491,6 +499,28 @@ class Cpr(AnomalibModule):
         elif kind == "object":
             rank_zero_warn("No foreground was found: border and middle of the images look alike. All of it counts.")
         rank_zero_info(f"Kind: {kind} ({reason}).")
+
+    def _choose_windows(self, images: TrainingImages, neighbours: Tensor) -> None:
+        """The paper's windows, unless good patches find their match elsewhere."""
+        windows = PAPER_WINDOWS
+        if self.trainer.is_global_zero and len(images) >= ENOUGH_IMAGES:
+            chosen, references = surveyed(neighbours)
+            with torch.no_grad():
+                value = looseness(
+                    [self._coarse_features(images, torch.tensor([image]))[0] for image in chosen],
+                    [self._coarse_features(images, others) for others in references],
+                )
+            windows = (WHOLE_MAP, WHOLE_MAP) if value > LOOSE_ABOVE else PAPER_WINDOWS
+            rank_zero_info(
+                f"Matching windows: {'the whole map, which takes longer' if value > LOOSE_ABOVE else '3 and 1 cells'} "
+                f"(good patches are {value:.2f} times as far from their best match within a tenth of the image as from "
+                f"that of anywhere; more than {LOOSE_ABOVE:g} means parts that lie anywhere; overrule it with "
+                "window_sizes)."
+            )
+        self.model.window_sizes = tuple(self.trainer.strategy.broadcast(windows))
+
+    def _coarse_features(self, images: TrainingImages, chosen: Tensor) -> Tensor:
+        return self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[1]
 
     def _check_resumed(self, images: TrainingImages) -> None:
         bank = self.model.bank
@@ -670,6 +700,7 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out
+        checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -691,6 +722,8 @@ class Cpr(AnomalibModule):
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
+        if self._given_windows is None:
+            self.model.window_sizes = tuple(own.get("window_sizes", PAPER_WINDOWS))
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))
