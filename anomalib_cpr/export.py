@@ -25,7 +25,6 @@ ONE_FILE_LIMIT = 2**31 - 2**27
 OPSET = 18  # the exporter's own; asked for another, it makes this one and tries to convert it
 DESCRIPTORS = "bank.descriptors"
 NETWORKS = ("feature_extractor", "metric_heads")
-SEARCH = ("Abs", "ReduceSum", "Less", "Select")  # for pixels without a value; a quantised one would not find any
 REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Unsqueeze", "Subtract")
 FULL_PRECISION = "precise_0"  # OpenVINO's name for "infer in the original precision" in the information at run time
 
@@ -67,6 +66,29 @@ def fits_one_file(module: nn.Module) -> bool:
     return sum(tensor.nbytes for tensor in module.state_dict().values()) < ONE_FILE_LIMIT
 
 
+def convolutions_of(model: "ov.Model") -> list[Any]:
+    """The convolutions of backbone and heads, which is nearly all that they compute.
+
+    Args:
+        model (ov.Model): Converted from ONNX.
+
+    Returns:
+        list[Any]: Operations (``openvino.Node``).
+
+    Raises:
+        RuntimeError: If the kernels cannot be told from each other by their names.
+    """
+    kernels = [
+        operation
+        for operation in model.get_ops()
+        if operation.get_type_name() in {"Convolution", "GroupConvolution"}
+        and any(part in _constant_name(operation.input_value(1)) for part in NETWORKS)
+    ]
+    if not kernels:
+        raise RuntimeError("The converted model has no convolution that is named after the backbone or the heads.")
+    return kernels
+
+
 def networks_of(model: "ov.Model") -> set[str]:
     """Names of the operations that turn an image into features and descriptors: convolutions, mostly.
 
@@ -82,16 +104,8 @@ def networks_of(model: "ov.Model") -> set[str]:
     Raises:
         RuntimeError: If the kernels cannot be told from each other by their names.
     """
-    kernels = [
-        operation
-        for operation in model.get_ops()
-        if operation.get_type_name() in {"Convolution", "GroupConvolution"}
-        and any(part in _constant_name(operation.input_value(1)) for part in NETWORKS)
-    ]
-    if not kernels:
-        raise RuntimeError("The converted model has no convolution that is named after the backbone or the heads.")
     found: set[str] = set()
-    pending = list(kernels)
+    pending = convolutions_of(model)
     while pending:
         operation = pending.pop()
         if operation.get_friendly_name() not in found:
@@ -108,15 +122,35 @@ def _constant_name(value: Any) -> str:  # noqa: ANN401 - openvino.Output
     return node.get_friendly_name()
 
 
+def compress_weights(model: "ov.Model") -> "ov.Model":
+    """Store the kernels of backbone and heads in 8 bits; they are the only weights that may be rounded.
+
+    A codebook in 8 bits gives other visual words, a foreground in 8 bits another foreground: on MVTec AD screw, pixel
+    AP fell from 0.637 to 0.478 when all constants were rounded, and not at all with the kernels alone.
+
+    Args:
+        model (ov.Model): Converted from ONNX.
+
+    Returns:
+        ov.Model: The same, smaller by three quarters of its networks (not of its bank, which has ``bank_dtype``).
+    """
+    import nncf  # noqa: PLC0415 - optional, and slow to import
+
+    return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=_all_but_convolutions(model)))
+
+
 def quantise(model: "ov.Model", datamodule: AnomalibDataModule | None) -> "ov.Model":
-    """Post-training quantisation of the networks only, on the validation images, as anomalib does it.
+    """Post-training quantisation of the convolutions only, on the validation images, as anomalib does it.
+
+    What lies between them stays in float32: with the additions and concatenations of a DenseNet quantised as well, all
+    distances on MVTec AD screw grew beyond the normalisation's end, and every image scored 1.
 
     Args:
         model (ov.Model): Converted from ONNX.
         datamodule (AnomalibDataModule | None): Its validation images calibrate.
 
     Returns:
-        ov.Model: Backbone and heads in INT8; retrieval, foreground, matching and scoring as they were.
+        ov.Model: Convolutions in INT8; all else as it was.
 
     Raises:
         ValueError: If there is no data module.
@@ -126,15 +160,18 @@ def quantise(model: "ov.Model", datamodule: AnomalibDataModule | None) -> "ov.Mo
     if datamodule is None:
         raise ValueError("compression_type=INT8_PTQ needs images to calibrate with: give datamodule (--data).")
     datamodule.setup("fit")
-    networks = networks_of(model)
-    rest = [
+    images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
+    return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=_all_but_convolutions(model)))
+
+
+def _all_but_convolutions(model: "ov.Model") -> list[str]:
+    kept = {operation.get_friendly_name() for operation in convolutions_of(model)}
+    return [
         operation.get_friendly_name()
         for operation in model.get_ops()
         if operation.get_type_name() not in {"Constant", "Parameter", "Result"}
-        and (operation.get_friendly_name() not in networks or operation.get_type_name() in SEARCH)
+        and operation.get_friendly_name() not in kept
     ]
-    images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-    return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=rest))
 
 
 def keep_full_precision(path: Path, *, compress_to_fp16: bool = False) -> None:

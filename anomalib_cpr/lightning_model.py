@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from .alignment import LOOSE_ABOVE, looseness, surveyed
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .durable_checkpoint import save_checkpoints_durably
-from .export import OPSET, fits_one_file, keep_full_precision, quantise, ready_for_export
+from .export import OPSET, compress_weights, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import STRIDES, checked_size
 from .file_check import FileCheck
 from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
@@ -866,9 +866,15 @@ class Cpr(AnomalibModule):
         keep_full_precision(path, compress_to_fp16=to_fp16)
         return path
 
+    def _compress_ov_model(self, model: Any, compression_type: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Compress the networks, and neither the codebook nor the foreground."""
+        if compression_type == CompressionType.INT8:
+            return compress_weights(model)
+        return super()._compress_ov_model(model, compression_type, *args, **kwargs)
+
     @staticmethod
     def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
-        """Quantise only the networks, on the images that anomalib would take."""
+        """Quantise only the convolutions, on the images that anomalib would take."""
         return quantise(model, datamodule)
 
     # --- helpers

@@ -268,6 +268,10 @@ def test_ties_and_empty_bins_survive_export(tmp_path):
         assert np.array_equal(np.sort(found[1]), np.sort(references))
 
 
+def op_size(constant):
+    return int(np.prod(constant.get_output_shape(0)))
+
+
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
     [(CompressionType.FP16, 0.02), (CompressionType.INT8, 0.2), (CompressionType.INT8_PTQ, 0.3)],
@@ -278,6 +282,17 @@ def test_compression_leaves_retrieval_and_distances_alone(model, datamodule, ima
     constants = {op.get_friendly_name(): op for op in compressed.get_ops() if op.get_type_name() == "Constant"}
     quantisers = [op for op in compressed.get_ops() if op.get_type_name() == "FakeQuantize"]
     assert bool(quantisers) == (kind == CompressionType.INT8_PTQ)
+    for quantiser in quantisers:
+        readers = [reader.get_node() for reader in quantiser.output(0).get_target_inputs()]
+        assert all(reader.get_type_name() in {"Convolution", "GroupConvolution"} for reader in readers)
+    small = [
+        name
+        for name, op in constants.items()
+        if str(op.get_element_type()) in {"<Type: 'int8_t'>", "<Type: 'uint8_t'>"}
+    ]
+    assert bool(small) == (kind != CompressionType.FP16)
+    weights = [name for name in small if op_size(constants[name]) > 1]
+    assert all(any(part in name for part in export.NETWORKS) for name in weights), weights
     exact = {"MatMul", "Gather", "GatherND", "TopK", "Log", "Maximum", "ReduceSum", "Interpolate", "Pad", "Power"}
     for op in compressed.get_ops():
         if op.get_type_name() in exact:
