@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchvision.transforms import v2
 
 from anomalib_cpr import drawing, lightning_model
+from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
 from anomalib_cpr.metric_head import MetricHead
@@ -105,6 +106,49 @@ def test_turned_copies_join_the_gallery(engine, tiny_model, tiny_datamodule, tmp
     name = files[3].name
     assert [picture.name for picture in pictures] == [name, f"{name}, turned by 90°", f"{name}, turned by -5°"]
     torch.testing.assert_close(pictures[1].colours, pictures[0].colours.rot90(1, (1, 2)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "expected"),
+    [(None, 3.0, (999, 999)), (None, 1.2, (3, 1)), ([5, 3], 3.0, (5, 3))],
+)
+def test_windows_follow_what_good_images_show(
+    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, given, value, expected
+):
+    seen = []
+    monkeypatch.setattr(lightning_model, "ENOUGH_IMAGES", 6)
+    monkeypatch.setattr(lightning_model, "looseness", lambda *features: seen.append(features) or value)
+    model = tiny_model(window_sizes=given)
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    assert model.model.window_sizes == expected
+    for queries, references in seen:
+        assert [len(queries), len(references)] == [6, 6]
+        assert queries[0].shape == references[0].shape[1:]
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    assert Cpr.load_from_checkpoint(checkpoint, weights_only=True).model.window_sizes == expected
+    other = Cpr.load_from_checkpoint(checkpoint, weights_only=True, window_sizes=[1, 1])
+    assert other.model.window_sizes == (1, 1), "what is given wins"
+
+
+def test_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):
+    monkeypatch.setattr(lightning_model, "looseness", None)
+    model = tiny_model()
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    assert model.model.window_sizes == (3, 1)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("category", "loose"), [("pills", True), ("bracket", False)])
+def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, category, loose):
+    model = Cpr(
+        backbone_weights=data_root / "weights" / "densenet201_to_denseblock2.pth",
+        descriptor_channels=16,
+        image_size=160,
+        seed=0,
+    )
+    data = DrawnParts(root=tmp_path, category=category, image_size=160, train_images=24, num_workers=0)
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    assert model.model.window_sizes == ((999, 999) if loose else (3, 1))
 
 
 def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):
