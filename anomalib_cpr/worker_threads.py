@@ -60,6 +60,7 @@ def _pool_of(threads: int) -> ThreadPoolExecutor:
 
 
 def _compute_alone(ready: Barrier) -> None:
+    torch.get_num_threads()  # a thread's first question sets its number to that of the process; later ones leave it
     torch.set_num_threads(1)
     ready.wait()  # so that each worker comes here once
 

@@ -1,6 +1,7 @@
 """Tiny data and models, so that every test trains in seconds."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -47,6 +48,34 @@ def write_mvtec(root: Path, category: str = "screw", train: int = 6, test: int =
         cv2.imwrite(str(root / category / "test" / "scratch" / f"{index:03}.png"), image)
         cv2.imwrite(str(root / category / "ground_truth" / "scratch" / f"{index:03}_mask.png"), mask)
     return root
+
+
+def train_tiny(datamodule, folder: Path, steps: int, **arguments) -> Path:
+    """Train a tiny model and return its checkpoint."""
+    import torch
+    from anomalib.engine import Engine
+
+    from anomalib_cpr.lightning_model import Cpr
+
+    torch.manual_seed(0)
+    model = Cpr(**TINY_BACKBONE, descriptor_channels=8, k=2, image_size=64, **arguments)
+    engine = Engine(default_root_dir=folder, logger=False, enable_progress_bar=False, max_steps=steps)
+    engine.fit(model, datamodule=datamodule)
+    (path,) = folder.rglob("model.ckpt")
+    return path
+
+
+@contextmanager
+def torch_threads(count: int):
+    """Compute with so many threads; with another number, sums differ in the last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

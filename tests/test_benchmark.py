@@ -200,7 +200,15 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tmp_path, name):
     command = [sys.executable, "-c", "from anomalib_cpr.cli import main; import sys; sys.exit(main())"]
     command += ["benchmark", "-c", str(file), "-o", str(tmp_path / "out"), "--devices", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # Whoever runs the tests in the background may have them ignore Ctrl-C, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     log = tmp_path / "out" / "logs"
     deadline = time.monotonic() + 120
     while len(list(log.glob("*CPR*"))) == 0 and time.monotonic() < deadline:

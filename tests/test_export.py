@@ -17,7 +17,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
 from anomalib.models import get_model
 from anomalib.visualization.image.item_visualizer import visualize_image_item
-from conftest import TINY_BACKBONE
+from conftest import TINY_BACKBONE, train_tiny
 
 from anomalib_cpr import export
 from anomalib_cpr.global_retrieval import histogram_distance, smallest
@@ -33,19 +33,7 @@ def datamodule(mvtec_root):
 
 @pytest.fixture(scope="module")
 def checkpoint(datamodule, tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("trained")
-    model = Cpr(
-        **TINY_BACKBONE,
-        descriptor_channels=8,
-        k=2,
-        pre_processor=Cpr.configure_pre_processor((64, 64)),
-    )
-    Engine(default_root_dir=folder, logger=False, enable_progress_bar=False, max_steps=8).fit(
-        model, datamodule=datamodule
-    )
-    (path,) = folder.rglob("model.ckpt")
-    return path
+    return train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=8)
 
 
 @pytest.fixture

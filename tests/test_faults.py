@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
+from conftest import torch_threads
 from fit_and_die import STEPS, fit, make_data, make_model
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -34,13 +35,11 @@ def assert_same(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """As in the killed processes: with another number of threads, sums differ in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

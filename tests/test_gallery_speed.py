@@ -39,9 +39,11 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bank_in_a_file_gives_the_maps_of_one_in_memory(tmp_path, dtype):
+    torch.manual_seed(0)
     model = random_cpr(PRESETS["cpr_faster"], Setting(64, 2, 3), dtype, torch.device("cpu"))
     images, small = torch.rand(2, 3, 64, 64), model.bank
-    far = torch.eye(12)[torch.zeros(7, 25, dtype=torch.long)]
+    rarest = small.histograms.sum((0, 1)).argmin()
+    far = torch.eye(12)[rarest].expand(7, 25, 12)
     large = gallery_speed.in_a_file(small, torch.cat([small.histograms, far]), tmp_path / "bank")
     assert len(large) == 10
     for own, held in zip(small.descriptors, large.descriptors, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from conftest import TINY_BACKBONE, draw, write_mvtec
+from conftest import TINY_BACKBONE, draw, torch_threads, write_mvtec
 from lightning import seed_everything
 
 from anomalib_cpr import Cpr
@@ -58,16 +58,6 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("condition", "batch_size", "tolerance"),
     [
@@ -75,8 +65,8 @@ def threads(count):
         (torch.no_grad, IMAGES, 0),
         (torch.inference_mode, IMAGES, 0),
         (deterministic, IMAGES, 0),
-        (lambda: threads(1), IMAGES, 1e-6),
-        (lambda: threads(2), IMAGES, 1e-6),
+        (lambda: torch_threads(1), IMAGES, 1e-6),
+        (lambda: torch_threads(2), IMAGES, 1e-6),
         (contextlib.nullcontext, 1, 1e-6),
         (contextlib.nullcontext, 8, 1e-6),
         (lambda: torch.autocast("cpu", torch.bfloat16), IMAGES, 2e-2),

@@ -7,8 +7,7 @@ import onnx
 import pytest
 import torch
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
-from conftest import TINY_BACKBONE
+from conftest import train_tiny
 
 from anomalib_cpr import parity
 from anomalib_cpr.cli import main
@@ -25,19 +24,7 @@ def datamodule(mvtec_root):
 
 @pytest.fixture(scope="module")
 def checkpoint(datamodule, tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("trained")
-    model = Cpr(
-        **TINY_BACKBONE,
-        descriptor_channels=8,
-        k=2,
-        window_sizes=(1, 1),
-        pre_processor=Cpr.configure_pre_processor((64, 64)),
-    )
-    Engine(default_root_dir=folder, logger=False, enable_progress_bar=False, max_steps=4).fit(
-        model, datamodule=datamodule
-    )
-    (path,) = folder.rglob("model.ckpt")
+    path = train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=4, window_sizes=(1, 1))
     # anomalib's adaptive threshold is the score of one of the images, whose label then hangs on the last bit.
     state = torch.load(path, weights_only=True)
     state["state_dict"]["post_processor._image_threshold"] *= 0.999

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
-from conftest import write_mvtec
+from conftest import torch_threads, write_mvtec
 from fit_in_ranks import make_data, make_model
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -60,13 +60,11 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """As in the ranks: with another number of threads, sums differ in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def launch(root, out, strategy="ddp", *, fails=False, **arguments):

@@ -5,16 +5,15 @@ import threading
 
 import pytest
 import torch
+from conftest import torch_threads
 
 from anomalib_cpr.worker_threads import run_in_threads
 
 
 @pytest.fixture(autouse=True)
 def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def fill(result, place):
