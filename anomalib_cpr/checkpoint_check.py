@@ -30,7 +30,6 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "training_images": (int, type(None)),
     "held_out": (list,),
     "training_paths": (list,),
-    "window_sizes": (list,),
 }
 
 
@@ -130,9 +129,6 @@ def _check_own_values(own: object, newest_format: int) -> None:
         raise ValueError(f"The checkpoint is damaged: its {', '.join(odd)}.")
     if values.get("kind") not in {None, "object", "texture"}:
         raise ValueError(f"The checkpoint is damaged: its kind is {values['kind']!r}, not 'object' or 'texture'.")
-    windows = values.get("window_sizes", [1, 1])
-    if len(windows) != 2 or not all(isinstance(size, int) and size > 0 and size % 2 for size in windows):
-        raise ValueError(f"The checkpoint is damaged: its window_sizes are {windows}, not two odd numbers.")
     if not 1 <= values.get("format", 1) <= newest_format:
         raise ValueError(
             f"The checkpoint has format {values['format']}, this anomalib_cpr reads 1 to {newest_format}. "

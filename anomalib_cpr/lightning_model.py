@@ -56,7 +56,6 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = 3  # 1: no int8 banks, no max_references; 2: no int4 banks
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
-PAPER_WINDOWS = (3, 1)
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
 
@@ -76,9 +75,8 @@ class Cpr(AnomalibModule):
             machines without internet. None asks timm's hub, its cache first.
         descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
-        window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
-            whole map, for parts that lie anywhere. None: the paper's 3 and 1, or the whole map where the training
-            images show that parts lie anywhere.
+        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the whole
+            map, for parts that lie anywhere. Where the training images look like that, a warning says so.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -145,7 +143,7 @@ class Cpr(AnomalibModule):
         backbone_weights: str | Path | None = None,
         descriptor_channels: int = 384,
         k: int = 10,
-        window_sizes: Sequence[int] | None = None,
+        window_sizes: Sequence[int] = (3, 1),
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -203,7 +201,7 @@ class Cpr(AnomalibModule):
                 backbone_weights=backbone_weights,
                 descriptor_channels=descriptor_channels,
                 k=k,
-                window_sizes=PAPER_WINDOWS if window_sizes is None else window_sizes,
+                window_sizes=window_sizes,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -229,7 +227,6 @@ class Cpr(AnomalibModule):
 
         self.resolved_kind: Kind | None = None if kind == "auto" else kind
         self._given_seed = seed
-        self._given_windows = window_sizes
         self.seed: int | None = None
         self.training_paths: list[str] = []
         self.saves_bank, self.saves_alone = True, False
@@ -415,8 +412,8 @@ class Cpr(AnomalibModule):
         self._training_data = TrainingData(
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
-        if not resumed and self._given_windows is None:
-            self._choose_windows(images, neighbours.cpu())
+        if not resumed and self.trainer.is_global_zero:
+            self._advise_on_windows(images, neighbours.cpu())
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
@@ -500,24 +497,31 @@ class Cpr(AnomalibModule):
             rank_zero_warn("No foreground was found: border and middle of the images look alike. All of it counts.")
         rank_zero_info(f"Kind: {kind} ({reason}).")
 
-    def _choose_windows(self, images: TrainingImages, neighbours: Tensor) -> None:
-        """The paper's windows, unless good patches find their match elsewhere."""
-        windows = PAPER_WINDOWS
-        if self.trainer.is_global_zero and len(images) >= ENOUGH_IMAGES:
-            chosen, references = surveyed(neighbours)
-            with torch.no_grad():
-                value = looseness(
-                    [self._coarse_features(images, torch.tensor([image]))[0] for image in chosen],
-                    [self._coarse_features(images, others) for others in references],
-                )
-            windows = (WHOLE_MAP, WHOLE_MAP) if value > LOOSE_ABOVE else PAPER_WINDOWS
-            rank_zero_info(
-                f"Matching windows: {'the whole map, which takes longer' if value > LOOSE_ABOVE else '3 and 1 cells'} "
-                f"(good patches are {value:.2f} times as far from their best match within a tenth of the image as from "
-                f"that of anywhere; more than {LOOSE_ABOVE:g} means parts that lie anywhere; overrule it with "
-                "window_sizes)."
+    def _advise_on_windows(self, images: TrainingImages, neighbours: Tensor) -> None:
+        """Say so if good patches find their match outside of the windows.
+
+        Advice only: untrained features of an aligned drawn part looked loose too, and the whole map made it worse.
+        """
+        model = self.model
+        if len(images) < ENOUGH_IMAGES or not model.pre_trained or min(model.window_sizes) >= WHOLE_MAP:
+            return
+        chosen, references = surveyed(neighbours)
+        with torch.no_grad():
+            value = looseness(
+                [self._coarse_features(images, torch.tensor([image]))[0] for image in chosen],
+                [self._coarse_features(images, others) for others in references],
             )
-        self.model.window_sizes = tuple(self.trainer.strategy.broadcast(windows))
+        message = (
+            f"Good patches are {value:.2f} times as far from their best match within a tenth of the image as from that "
+            "of anywhere"
+        )
+        if value > LOOSE_ABOVE:
+            rank_zero_warn(
+                f"{message}: parts seem to lie anywhere (above {LOOSE_ABOVE:g}). Compare with window_sizes=[999, 999], "
+                "which takes longer."
+            )
+        else:
+            rank_zero_info(f"{message}: matching windows suit these parts (up to {LOOSE_ABOVE:g}).")
 
     def _coarse_features(self, images: TrainingImages, chosen: Tensor) -> Tensor:
         return self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[1]
@@ -700,7 +704,6 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out
-        checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -722,8 +725,6 @@ class Cpr(AnomalibModule):
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
-        if self._given_windows is None:
-            self.model.window_sizes = tuple(own.get("window_sizes", PAPER_WINDOWS))
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))
