@@ -29,6 +29,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "kind": (str, type(None)),
     "training_images": (int, type(None)),
     "held_out": (list,),
+    "window_sizes": (list,),
     "training_paths": (list,),
 }
 
@@ -129,6 +130,9 @@ def _check_own_values(own: object, newest_format: int) -> None:
         raise ValueError(f"The checkpoint is damaged: its {', '.join(odd)}.")
     if values.get("kind") not in {None, "object", "texture"}:
         raise ValueError(f"The checkpoint is damaged: its kind is {values['kind']!r}, not 'object' or 'texture'.")
+    windows = values.get("window_sizes", [1, 1])
+    if len(windows) != 2 or not all(type(side) is int and side > 0 and side % 2 for side in windows):
+        raise ValueError(f"The checkpoint is damaged: its window_sizes are {windows!r}, not two odd numbers.")
     if not 1 <= values.get("format", 1) <= newest_format:
         raise ValueError(
             f"The checkpoint has format {values['format']}, this anomalib_cpr reads 1 to {newest_format}. "

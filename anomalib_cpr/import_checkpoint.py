@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .checkpoint_check import is_finite
-from .lightning_model import IMAGE_SIZE, Cpr
+from .lightning_model import IMAGE_SIZE, WINDOWS, Cpr
 from .torch_model import CprModel
 
 HEADS_PREFIX = "lrb.conv."
@@ -164,7 +164,7 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **arguments,
+        **{"window_sizes": WINDOWS, **arguments},  # the authors choose none
     )
     take_over(model.model, weights)
     if not weights.backbone:

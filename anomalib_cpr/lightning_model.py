@@ -50,10 +50,12 @@ from .torch_model import CprModel
 from .training import TrainingData, draw_image_pairs, frozen_features, step_precision, training_autocast, training_loss
 from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
+from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, choose, compare_windows
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 3  # 1: no int8 banks, no max_references; 2: no int4 banks
+CHECKPOINT_FORMAT = 4  # 1: no int8 banks, no max_references; 2: no int4 banks; 3: windows were given, never chosen
+WINDOWS = (3, 1)
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
@@ -75,8 +77,9 @@ class Cpr(AnomalibModule):
             machines without internet. None asks timm's hub, its cache first.
         descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
         k (int): Number of references. More than there are training images means all of them.
-        window_sizes (Sequence[int]): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the whole
-            map, for parts that lie anywhere. Where the training images look like that, a warning says so.
+        window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
+            whole map, for parts that lie anywhere. None takes the paper's 3 and 1, or the whole map where the training
+            images look like loose parts and it finds weak synthetic anomalies on them at least as well.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -143,7 +146,7 @@ class Cpr(AnomalibModule):
         backbone_weights: str | Path | None = None,
         descriptor_channels: int = 384,
         k: int = 10,
-        window_sizes: Sequence[int] = (3, 1),
+        window_sizes: Sequence[int] | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -201,7 +204,7 @@ class Cpr(AnomalibModule):
                 backbone_weights=backbone_weights,
                 descriptor_channels=descriptor_channels,
                 k=k,
-                window_sizes=window_sizes,
+                window_sizes=WINDOWS if window_sizes is None else window_sizes,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -209,6 +212,7 @@ class Cpr(AnomalibModule):
                 bank_on_host=bank_on_host,
                 bank_file=bank_file,
             )
+        self._choose_windows, self._loose = window_sizes is None, False
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.rotations = tuple(rotations)
@@ -412,8 +416,7 @@ class Cpr(AnomalibModule):
         self._training_data = TrainingData(
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
-        if not resumed and self.trainer.is_global_zero:
-            self._advise_on_windows(images, neighbours.cpu())
+        self._loose = self._looks_loose(images, neighbours.cpu())
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         self._plan_training()
@@ -497,31 +500,48 @@ class Cpr(AnomalibModule):
             rank_zero_warn("No foreground was found: border and middle of the images look alike. All of it counts.")
         rank_zero_info(f"Kind: {kind} ({reason}).")
 
-    def _advise_on_windows(self, images: TrainingImages, neighbours: Tensor) -> None:
-        """Say so if good patches find their match outside of the windows.
-
-        Advice only: untrained features of an aligned drawn part looked loose too, and the whole map made it worse.
-        """
-        model = self.model
-        if len(images) < ENOUGH_IMAGES or not model.pre_trained or min(model.window_sizes) >= WHOLE_MAP:
-            return
+    def _looks_loose(self, images: TrainingImages, neighbours: Tensor) -> bool:
+        """Whether good patches find their match outside of the windows, so that the choice is worth asking for."""
+        if not self._choose_windows or len(images) < ENOUGH_IMAGES or not self.model.pre_trained:
+            return False
         chosen, references = surveyed(neighbours)
         with torch.no_grad():
             value = looseness(
                 [self._coarse_features(images, torch.tensor([image]))[0] for image in chosen],
                 [self._coarse_features(images, others) for others in references],
             )
-        message = (
+        loose = value > LOOSE_ABOVE
+        place = "may lie anywhere (above" if loose else "lie where their references have them (up to"
+        rank_zero_info(
             f"Good patches are {value:.2f} times as far from their best match within a tenth of the image as from that "
-            "of anywhere"
+            f"of anywhere: parts {place} {LOOSE_ABOVE:g})."
         )
-        if value > LOOSE_ABOVE:
-            rank_zero_warn(
-                f"{message}: parts seem to lie anywhere (above {LOOSE_ABOVE:g}). Compare with window_sizes=[999, 999], "
-                "which takes longer."
-            )
-        else:
-            rank_zero_info(f"{message}: matching windows suit these parts (up to {LOOSE_ABOVE:g}).")
+        return loose
+
+    def _decide_on_windows(self, data: TrainingData) -> None:
+        """Of parts that may lie anywhere: match in windows, or over the whole map, by the evidence of the heads."""
+        self.model.window_sizes = WINDOWS
+        if not self._loose:
+            return
+        structure = 0.5 if data.kind == "object" else 0.0
+        weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
+        options = candidates(WINDOWS, data.images.size)
+        generator = step_generator(int(self.seed or 0), 0, 0, 0)
+        track = self._track("Windows", min(ASKED_IMAGES, len(data.images)))
+        with stage("Windows"):
+            found = compare_windows(self.model, data.images, data.neighbours, weak, generator, options, track)
+        if not found:
+            return
+        self.model.window_sizes = choose(found)
+        described = {
+            windows: "over the whole map" if min(windows) >= WHOLE_MAP else f"in windows of {list(windows)}"
+            for windows in found
+        }
+        values = ", ".join(f"{value:.1f} {described[windows]}" for windows, value in found.items())
+        rank_zero_info(
+            f"Matching {described[self.model.window_sizes]}. Weak synthetic anomalies raise the scores of good images "
+            f"by {values} (in standard deviations of good images). Overrule it with window_sizes."
+        )
 
     def _coarse_features(self, images: TrainingImages, chosen: Tensor) -> Tensor:
         return self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[1]
@@ -672,6 +692,8 @@ class Cpr(AnomalibModule):
                     f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
                     f"{device} ({error}). Resume with a smaller one: {_way_out(device)}. No step is lost."
                 ) from error
+        if self._choose_windows:
+            self._decide_on_windows(data)
 
     def drop_bank(self) -> None:
         """Free the descriptors of the training images."""
@@ -704,6 +726,8 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out
+        if self._choose_windows:
+            checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -725,6 +749,8 @@ class Cpr(AnomalibModule):
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
+        if self._choose_windows:
+            self.model.window_sizes = tuple(own.get("window_sizes", WINDOWS))
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

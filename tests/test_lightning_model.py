@@ -17,6 +17,7 @@ from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
 from anomalib_cpr.metric_head import MetricHead
+from anomalib_cpr.window_choice import WEAK_OPACITY
 
 
 def weights(model):
@@ -109,23 +110,52 @@ def test_turned_copies_join_the_gallery(engine, tiny_model, tiny_datamodule, tmp
 
 
 @pytest.mark.parametrize(
-    ("windows", "value", "asked", "warned"),
-    [([3, 1], 3.0, True, True), ([3, 1], 1.2, True, False), ([999, 999], 3.0, False, False)],
+    ("windows", "looks", "values", "expected"),
+    [
+        (None, 3.0, (1.0, 2.0, 2.1), (999, 999)),
+        (None, 3.0, (1.0, 2.0, 1.9), (3, 1)),
+        (None, 3.0, None, (3, 1)),  # no anomaly found a place
+        (None, 1.2, "not asked", (3, 1)),
+        ([5, 3], "not asked", "not asked", (5, 3)),
+    ],
 )
-def test_advice_on_windows(engine, tiny_model, tiny_datamodule, monkeypatch, recwarn, windows, value, asked, warned):
-    seen = []
+def test_windows_are_chosen_for_loose_parts(
+    engine, tiny_model, tiny_datamodule, monkeypatch, tmp_path, windows, looks, values, expected
+):
+    """And whatever was chosen is in the checkpoint, for those who load it in one way or another."""
+    asked = []
+
+    def look(queries, references):
+        asked.append("looks")
+        assert [len(queries), len(references)] == [6, 6]
+        assert queries[0].shape == references[0].shape[1:]
+        return looks
+
+    def compare(model, _images, _neighbours, weak, _generator, options, _track):
+        asked.append("compares")
+        assert weak.blend == WEAK_OPACITY
+        assert len(model.bank) == 6, "once the heads are trained"
+        return {} if values is None else dict(zip(options, values, strict=True))
+
     monkeypatch.setattr(lightning_model, "ENOUGH_IMAGES", 6)
-    monkeypatch.setattr(lightning_model, "looseness", lambda *features: seen.append(features) or value)
+    monkeypatch.setattr(lightning_model, "looseness", look)
+    monkeypatch.setattr(lightning_model, "compare_windows", compare)
     model = tiny_model(window_sizes=windows)
     model.model.feature_extractor.weights_loaded.fill_(True)
     model.model.pre_trained = True  # random weights in fact
-    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
-    assert model.model.window_sizes == tuple(windows)
-    assert bool(seen) == asked
-    for queries, references in seen:
-        assert [len(queries), len(references)] == [6, 6]
-        assert queries[0].shape == references[0].shape[1:]
-    assert any("window_sizes=[999, 999]" in str(warning.message) for warning in recwarn) == warned
+    trainer = engine(max_steps=1)
+    trainer.fit(model, datamodule=tiny_datamodule)
+    assert model.model.window_sizes == expected
+    assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
+
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    assert loaded.model.window_sizes == expected
+    other = tiny_model(window_sizes=windows)
+    trainer.test(other, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
+    assert other.model.window_sizes == expected
+    overruled = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, window_sizes=[1, 1])
+    assert overruled.model.window_sizes == (1, 1)
 
 
 def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):
@@ -136,8 +166,8 @@ def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, ti
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(("category", "loose"), [("pills", True), ("bracket", False)])
-def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, recwarn, category, loose):
+@pytest.mark.parametrize(("category", "windows"), [("pills", (999, 999)), ("bracket", (3, 1))])
+def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, category, windows):
     model = Cpr(
         backbone_weights=data_root / "weights" / "densenet201_to_denseblock2.pth",
         descriptor_channels=16,
@@ -145,8 +175,8 @@ def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, recwarn, 
         seed=0,
     )
     data = DrawnParts(root=tmp_path, category=category, image_size=160, train_images=24, num_workers=0)
-    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
-    assert any("parts seem to lie anywhere" in str(warning.message) for warning in recwarn) == loose
+    engine(max_steps=10, limit_val_batches=0).fit(model, datamodule=data)
+    assert model.model.window_sizes == windows
 
 
 def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):
