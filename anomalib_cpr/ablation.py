@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What helps a short training, and what does not: one thing changed at a time, on drawn data.
+"""What helps a short training, and what does not: one thing changed at a time, on drawn data or a category of MVTec AD.
 
 Every variant trains with the same seeds, hence on the same pairs of images, for the same number of steps. Codebook,
 foreground and neighbours do not depend on the variant and are learned once. A finished run is never run again.
 
     anomalib-cpr ablation run --weights densenet201.pth   # one JSON per run, in results/ablation
     anomalib-cpr ablation table                           # the table, as Markdown
+    anomalib-cpr ablation run --mvtec MVTecAD --categories screw --held-out 10 --variants "10 known defects" ...
 """
 
 import argparse
@@ -21,20 +22,21 @@ from typing import Any
 from unittest import mock
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from . import loss, training
+from .benchmark_job import commit
+from .benchmark_metrics import quality, resize_masks
 from .drawn_data import DrawnParts
 from .lightning_model import Cpr
 from .metric_head import read_at
 from .pairs import PatchPairs
-from .real_anomalies import hold_out, read_from_test_set
+from .real_anomalies import give_back, read_from_test_set
 
 RESULTS = Path("results/ablation")
 
@@ -215,7 +217,10 @@ VARIANTS = {
     ),
     "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),
     "8 known defects": Variant({"known_anomalies": 8}),
+    "10 known defects": Variant({"known_anomalies": 10}),
     "texture": Variant({"kind": "texture"}),
+    "object": Variant({"kind": "object"}),
+    "windows 3 and 1": Variant({"window_sizes": [3, 1]}),
     "windows 5 and 3": Variant({"window_sizes": [5, 3]}),
     "windows 9 and 5": Variant({"window_sizes": [9, 5]}),
     "windows over the whole map": Variant({"window_sizes": [999, 999]}),
@@ -240,13 +245,18 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
     model = AblationCpr(
         pre_trained=options.weights is not None,
         backbone_weights=options.weights,
-        descriptor_channels=64,
+        anomaly_source_path=options.textures,
+        descriptor_channels=options.channels,
         pre_processor=Cpr.configure_pre_processor((size, size)),
         **{**REFERENCE, **variant.arguments},
     )
-    datamodule = DrawnParts(
+    datamodule: AnomalibDataModule = DrawnParts(
         root=options.data_root, category=category, image_size=size, train_batch_size=options.batch_size
     )
+    if options.mvtec is not None:
+        datamodule = MVTecAD(
+            root=options.mvtec, category=category, train_batch_size=options.batch_size, eval_batch_size=1, num_workers=0
+        )
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
         copies = "".join(f"_{angle:g}" for angle in model.rotations)
         _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}{copies}.pt")
@@ -269,45 +279,59 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "steps": options.steps,
         "batch_size": options.batch_size,
         "image_size": size,
-        "descriptor_channels": 64,
+        "descriptor_channels": options.channels,
+        "textures": "procedural" if options.textures is None else options.textures_name,
         "backbone": "densenet201",
         "backbone_weights": options.weights_name,
         "held_out": options.held_out,
         "kind": model.resolved_kind,
+        "window_sizes": list(model.model.window_sizes),
+        "commit": commit(),
         "fit_seconds": round(seconds, 1),
         **measure(model, datamodule, options.held_out),
     }
 
 
-def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[str, float]:
-    """Image AUROC, pixel AUROC and pixel AP on raw scores and maps.
+def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[str, Any]:
+    """Metrics on raw scores and maps, at the size of the maps.
 
     Args:
         model (Cpr): Fitted.
         datamodule (AnomalibDataModule): Its test set is the measure.
         held_out (int): Defects that ``known_anomalies`` would choose, and that no variant is measured on.
+
+    Returns:
+        dict[str, Any]: Of the test set without those that are held out; and for a model that knows none of them, as
+            ``whole_test_set``, of all of it.
     """
     model.eval()
     transform: Any = getattr(model.pre_processor, "transform", None)
     datamodule.setup()
-    scores, labels, maps, masks = [], [], [], []
-    if held_out:
-        hold_out(datamodule, read_from_test_set(datamodule.test_data, held_out, transform)[2])
+    give_back(datamodule)
+    left_out = set(read_from_test_set(datamodule.test_data, held_out, transform)[2]) if held_out else set()
+    scores, labels, maps, masks, kept = [], [], [], [], []
     for index in range(len(datamodule.test_data)):
         item: Any = datamodule.test_data[index]
         with torch.no_grad():
             prediction = model.model(transform(item.image[None]))
-        scores.append(prediction.pred_score.item())
-        labels.append(int(item.gt_label))
-        maps.append(prediction.anomaly_map.flatten())
+        scores.append(prediction.pred_score)
+        labels.append(bool(item.gt_label))
+        maps.append(prediction.anomaly_map[:, 0])
         mask = item.gt_mask if item.gt_mask is not None else torch.zeros(item.image.shape[-2:])
-        masks.append((mask > 0).flatten())
-    truth, guess = torch.cat(masks).numpy(), torch.cat(maps).numpy()
-    return {
-        "image_AUROC": round(float(roc_auc_score(labels, scores)), 5),
-        "pixel_AUROC": round(float(roc_auc_score(truth, guess)), 5),
-        "pixel_AP": round(float(average_precision_score(truth, guess)), 5),
-    }
+        masks.append(resize_masks((mask > 0).view(1, *mask.shape[-2:]), maps[-1].shape[-2:]))
+        kept.append(item.image_path not in left_out)
+
+    def of(chosen: Tensor) -> dict[str, float | None]:
+        found = quality(
+            torch.cat(scores)[chosen], torch.tensor(labels)[chosen], *(torch.cat(x)[chosen] for x in pixels)
+        )
+        return {name: None if value is None else round(value, 5) for name, value in found.items()}
+
+    pixels = maps, masks
+    result: dict[str, Any] = {"test_images": sum(kept), **of(torch.tensor(kept))}
+    if held_out and model.known_anomalies is None:
+        result["whole_test_set"] = of(torch.ones(len(kept), dtype=torch.bool))
+    return result
 
 
 def _reuse_preparation(model: Cpr, path: Path) -> None:
@@ -367,20 +391,21 @@ def table(folder: Path) -> str:
     for row in rows:
         runs.setdefault(row["variant"], {})[tuple(row[name] for name in key)] = row
     reference = runs["reference"]
+    metrics = ("image_AUROC", "pixel_AP", "AUPRO")
     lines = [
-        "| variant | runs | image AUROC | pixel AP | pixel AP minus reference: mean (each) |",
-        "|---|---|---|---|---|",
+        "| variant | runs | image AUROC | pixel AP | AUPRO | minus reference: image AUROC, mean (each) | pixel AP |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in sorted(runs, key=lambda name: list(VARIANTS).index(name) if name in VARIANTS else 99):
         own = runs[name]
-        changes = [own[run]["pixel_AP"] - reference[run]["pixel_AP"] for run in sorted(own) if run in reference]
-        mean = {metric: statistics.mean(row[metric] for row in own.values()) for metric in ("image_AUROC", "pixel_AP")}
-        change = f"{statistics.mean(changes):+.3f} ({', '.join(f'{value:+.3f}' for value in changes)})"
-        lines.append(
-            f"| {name} | {len(own)}: {', '.join(sorted({run[0] for run in own}))} | "
-            f"{mean['image_AUROC']:.3f} | {mean['pixel_AP']:.3f} | "
-            f"{change if name != 'reference' else ''} |"
-        )
+        known = {metric: [row[metric] for row in own.values() if metric in row] for metric in metrics}
+        cells = [name, f"{len(own)}: {', '.join(sorted({run[0] for run in own}))}"]
+        cells += [f"{statistics.mean(known[metric]):.3f}" if known[metric] else "" for metric in metrics]
+        for metric in metrics[:2]:
+            changes = [own[run][metric] - reference[run][metric] for run in sorted(own) if run in reference]
+            each = ", ".join(f"{value:+.3f}" for value in changes)
+            cells.append("" if name == "reference" else f"{statistics.mean(changes):+.3f} ({each})")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -393,6 +418,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command_of_ablation", choices=["run", "table"], help="train, or print")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--data-root", type=Path, default=Path("datasets/DrawnParts"))
+    parser.add_argument("--mvtec", type=Path, help="folder of MVTec AD: train on its categories, not on drawn data")
+    parser.add_argument("--textures", type=Path, help="folder of textures for synthetic anomalies; none: drawn ones")
+    parser.add_argument("--textures-name", default="a folder", help="what to call them in the results")
+    parser.add_argument("--channels", type=int, default=64, help="of the descriptors")
     parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
     parser.add_argument("--weights-name", default="random", help="what to call them in the results")
     parser.add_argument("--variants", nargs="+", default=SHORT_TRAINING)

@@ -28,6 +28,11 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert row["variant"] == "8 known defects"
     assert row["held_out"] == 8
     assert 0 <= row["pixel_AP"] <= 1
+    assert "whole_test_set" not in row, "it was trained on some of it"
+    other = json.loads(files[2].read_text())
+    assert other["variant"] == "reference"
+    assert row["test_images"] == other["test_images"]
+    assert 0 <= other["whole_test_set"]["AUPRO"] <= 1
     again = ablation("run", *size, "--categories", "gear", "--variants", *variants, folder=tmp_path)
     assert "{" not in again, "nothing is run twice"
     assert "| reference | 1: gear |" in ablation("table", folder=tmp_path)
@@ -40,5 +45,7 @@ def test_differences_are_from_the_same_category_and_seed(tmp_path):
         row = {**common, "variant": variant, "category": "gear", "seed": seed, "pixel_AP": precision}
         (tmp_path / f"{index}.json").write_text(json.dumps(row))
     lines = table(tmp_path).splitlines()
-    assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |"
-    assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 | -0.100 (-0.100) |", "seed 2 has no partner"
+    assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |  |  |"
+    assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 |  | +0.000 (+0.000) | -0.100 (-0.100) |", (
+        "seed 2: alone"
+    )
