@@ -250,13 +250,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         pre_processor=Cpr.configure_pre_processor((size, size)),
         **{**REFERENCE, **variant.arguments},
     )
-    datamodule: AnomalibDataModule = DrawnParts(
-        root=options.data_root, category=category, image_size=size, train_batch_size=options.batch_size
-    )
-    if options.mvtec is not None:
-        datamodule = MVTecAD(
-            root=options.mvtec, category=category, train_batch_size=options.batch_size, eval_batch_size=1, num_workers=0
-        )
+    datamodule = load_data(category, options)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
         copies = "".join(f"_{angle:g}" for angle in model.rotations)
         _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}{copies}.pt")
@@ -290,6 +284,22 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "fit_seconds": round(seconds, 1),
         **measure(model, datamodule, options.held_out),
     }
+
+
+def load_data(category: str, options: argparse.Namespace) -> AnomalibDataModule:
+    """Drawn parts, or a category of MVTec AD.
+
+    Args:
+        category (str): Name of the category.
+        options (argparse.Namespace): Of the command.
+
+    Returns:
+        AnomalibDataModule: Read without workers; each image is read once.
+    """
+    if options.mvtec is not None:
+        return MVTecAD(root=options.mvtec, category=category, train_batch_size=options.batch_size, num_workers=0)
+    size, batch = options.image_size, options.batch_size
+    return DrawnParts(root=options.data_root, category=category, image_size=size, train_batch_size=batch)
 
 
 def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[str, Any]:

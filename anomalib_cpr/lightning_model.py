@@ -28,7 +28,7 @@ from .durable_checkpoint import save_checkpoints_durably
 from .export import OPSET, compress_weights, fits_one_file, keep_full_precision, quantise, ready_for_export
 from .feature_extractor import STRIDES, checked_size
 from .file_check import FileCheck
-from .kinds import PAPER_STEPS, Kind, kind_from_features, known_kind
+from .kinds import DEFAULT_STEPS, PAPER_STEPS, Kind, kind_from_features, known_kind
 from .matching import WHOLE_MAP
 from .memory import ON_HOST, SMALLER_BANK, is_out_of_memory, scarcity
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
@@ -66,7 +66,7 @@ class Cpr(AnomalibModule):
 
     Training reads each image once, learns a codebook and a foreground estimate, and then trains two small heads on
     synthetic anomalies. A step compares as many pairs of images as the data module's ``train_batch_size`` says. The
-    default number of steps is the paper's, 40,000 for objects and 500 for textures; any limit given to the trainer
+    default number of steps is 1,000 for objects and 500 for textures; any limit given to the trainer
     (``max_steps``, ``max_epochs``, ``max_time``) wins.
 
     Args:
@@ -104,7 +104,8 @@ class Cpr(AnomalibModule):
             chance. What is taken from the test set leaves it, now and whenever the checkpoint is tested.
         known_anomaly_masks (str | Path | None): Folder of masks with the names of the images in the folder
             ``known_anomalies``. None: its neighbour ``masks``.
-        training_steps (int | None): Steps if the trainer sets no limit. None means the paper's number.
+        training_steps (int | Literal["paper"] | None): Steps if the trainer sets no limit. None means 1,000 for objects
+            and 500 for textures; "paper" means 40,000 and 500.
         learning_rate (float): Of AdamW.
         weight_decay (float): Of AdamW.
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
@@ -159,7 +160,7 @@ class Cpr(AnomalibModule):
         anomaly_source_path: str | Path | None = None,
         known_anomalies: int | Sequence[int] | str | Path | None = None,
         known_anomaly_masks: str | Path | None = None,
-        training_steps: int | None = None,
+        training_steps: int | Literal["paper"] | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
@@ -190,8 +191,10 @@ class Cpr(AnomalibModule):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
-        if training_steps is not None and training_steps < 1:
-            raise ValueError(f"training_steps={training_steps}: must be at least 1, or None for the paper's number.")
+        if training_steps not in (None, "paper") and not (isinstance(training_steps, int) and training_steps >= 1):
+            raise ValueError(
+                f"training_steps={training_steps!r}: must be at least 1, 'paper' for the paper's number, or None."
+            )
         if len({angle % 360 for angle in (0, *rotations)}) <= len(rotations):
             raise ValueError(f"rotations={list(rotations)}: expected angles in degrees, none twice and none of them 0.")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -569,12 +572,17 @@ class Cpr(AnomalibModule):
             accumulate=self.trainer.accumulate_grad_batches,
             images=len(data.images),
             batch_size=self._batch_size * self._ranks,
-            default_steps=self.training_steps or PAPER_STEPS[data.kind],
+            default_steps=self._default_steps(data.kind),
         )
         if self._plan.epochs is not None:
             self.trainer.fit_loop.max_epochs = self._plan.epochs
         if self._plan.steps is None and self.learning_rate_schedule != "constant":
             rank_zero_warn("The learning rate stays constant: without max_steps or max_epochs its end is not known.")
+
+    def _default_steps(self, kind: Kind) -> int:
+        if isinstance(self.training_steps, int):
+            return self.training_steps
+        return (PAPER_STEPS if self.training_steps == "paper" else DEFAULT_STEPS)[kind]
 
     def _remaining_batches(self) -> int:
         assert self._plan is not None  # noqa: S101 - narrows the type

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from anomalib_cpr.foreground import Discriminant
-from anomalib_cpr.kinds import KNOWN_CATEGORIES, PAPER_STEPS, kind_from_features, known_kind
+from anomalib_cpr.kinds import DEFAULT_STEPS, KNOWN_CATEGORIES, PAPER_STEPS, kind_from_features, known_kind
 
 
 class MVTecAD: ...
@@ -38,6 +38,7 @@ def test_lists_are_complete():
     assert counts == {"MVTecAD": 15, "BTech": 3, "MVTec3D": 10}
     assert sum(kind == "object" for kind in KNOWN_CATEGORIES["MVTecAD"].values()) == 10
     assert PAPER_STEPS == {"object": 40_000, "texture": 500}
+    assert DEFAULT_STEPS == {"object": 1_000, "texture": 500}, "at most a fortieth"
 
 
 @pytest.mark.parametrize(

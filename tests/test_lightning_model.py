@@ -408,6 +408,17 @@ def test_one_engine_fits_twice(engine, tiny_model, tiny_datamodule):
 
 
 @pytest.mark.parametrize(
+    ("kind", "training_steps", "expected"),
+    [("object", None, 1000), ("texture", None, 500), ("object", "paper", 40_000), ("texture", "paper", 500)],
+)
+def test_default_steps(engine, tiny_model, tiny_datamodule, kind, training_steps, expected):
+    model, spy = tiny_model(kind=kind, training_steps=training_steps), Spy(stop_at=1)
+    with pytest.raises(SystemExit):
+        engine(callbacks=[spy]).fit(model, datamodule=tiny_datamodule)
+    assert model._plan is None or model._plan.steps == expected
+
+
+@pytest.mark.parametrize(
     ("limits", "arguments", "steps"),
     [
         ({}, {"training_steps": 2}, 2),
@@ -549,6 +560,7 @@ class TestBadInput:
             ({"clustering_backend": "scipy"}, "clustering_backend='scipy'"),
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
+            ({"training_steps": "many"}, "training_steps='many'"),
             ({"image_size": 64, "pre_processor": False}, "image_size=64 is for the default pre-processor"),
             ({"image_size": (60, 64)}, r"image_size=\(60, 64\): expected height and width"),
             ({"image_size": (64, 64, 3)}, "expected height and width"),

@@ -26,7 +26,7 @@ def test_values_are_those_of_the_authors_code():
         "anomaly_source_path": "datasets/dtd/images",
         "centred_start": False,
         "eight_bit_training": True,
-        "training_steps": None,
+        "training_steps": "paper",
         "learning_rate": 0.001,
         "weight_decay": 0.01,
         "learning_rate_schedule": "constant",
