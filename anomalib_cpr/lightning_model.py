@@ -822,14 +822,9 @@ class Cpr(AnomalibModule):
 
     def _misfit_of_bank(self, state: Mapping[str, Any]) -> str | None:
         """What the bank is going to refuse, asked before anything is copied."""
-        bank = self.model.bank
         parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
         key = bytes(parts.pop(FILE_KEY, torch.zeros(0)).tolist()).hex()
-        return (
-            bank._map_file(key, parts)  # noqa: SLF001 - the bank's own checks, in its own order
-            or bank._misfit(parts)  # noqa: SLF001
-            or bank._reduction_of_file(key, parts)  # noqa: SLF001
-        )
+        return self.model.bank.misfit(key, parts)
 
     def teardown(self, stage: str) -> None:
         """Free the training images and leave trainer and data module as they were."""

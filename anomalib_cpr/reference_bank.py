@@ -303,7 +303,7 @@ class ReferenceBank(nn.Module):
         }
         self._roots = None  # loading may copy into the same tensor
         key = bytes(state_dict.get(prefix + KEY, torch.zeros(0)).tolist()).hex()
-        problem = self._map_file(key, incoming) or self._misfit(incoming) or self._reduction_of_file(key, incoming)
+        problem = self.misfit(key, incoming)
         if problem:
             errors: list[str] = args[-1]
             errors.append(f"The checkpoint's reference bank does not fit the configuration: {problem}")
@@ -327,6 +327,18 @@ class ReferenceBank(nn.Module):
             if tensor is not None and (tensor.shape, dtype) != (getattr(self, name).shape, getattr(self, name).dtype):
                 self._make_room(name, tensor.shape, dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def misfit(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+        """What keeps the bank from taking over that of a checkpoint.
+
+        Args:
+            key (str): Of the file that holds its descriptors; empty if the checkpoint holds them.
+            incoming (dict[str, Tensor]): Its tensors by name; those in the file are added.
+
+        Returns:
+            str | None: None if nothing does.
+        """
+        return self._map_file(key, incoming) or self._misfit(incoming) or self._reduction_of_file(key, incoming)
 
     def _map_file(self, key: str, incoming: dict[str, Tensor]) -> str | None:
         """Add the file's tensors to those of a checkpoint that has its key, or say why this cannot be."""
