@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .checkpoint_check import is_finite
 from .lightning_model import IMAGE_SIZE, WINDOWS, Cpr
+from .scoring import PAPER_SIGMA
 from .torch_model import CprModel
 
 HEADS_PREFIX = "lrb.conv."
@@ -164,7 +165,7 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **{"window_sizes": WINDOWS, **arguments},  # the authors choose none
+        **{"window_sizes": WINDOWS, "blur_sigma": PAPER_SIGMA, **arguments},
     )
     take_over(model.model, weights)
     if not weights.backbone:

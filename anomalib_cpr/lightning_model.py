@@ -45,6 +45,7 @@ from .ranks import (
 from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
 from .reference_bank import BankDtype
 from .resume_point import ResumePoint
+from .scoring import PAPER_SIGMA, SIGMA, Scorer
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training import TrainingData, draw_image_pairs, frozen_features, step_precision, training_autocast, training_loss
@@ -54,7 +55,10 @@ from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, c
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 4  # 1: no int8 banks, no max_references; 2: no int4 banks; 3: windows were given, never chosen
+CHECKPOINT_FORMAT = (
+    4  # 1: no int8 banks, no max_references; 2: no int4 banks; 3: windows were given, never chosen, and the blur was 4
+)
+FORMAT_OF_NARROW_BLUR = 4
 WINDOWS = (3, 1)
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
@@ -80,6 +84,8 @@ class Cpr(AnomalibModule):
         window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
             whole map, for parts that lie anywhere. None takes the paper's 3 and 1, or the whole map where the training
             images look like loose parts and it finds weak synthetic anomalies on them at least as well.
+        blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2, and the paper's 4 for
+            checkpoints of a time that knew nothing else.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -148,6 +154,7 @@ class Cpr(AnomalibModule):
         descriptor_channels: int = 384,
         k: int = 10,
         window_sizes: Sequence[int] | None = None,
+        blur_sigma: float | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -208,6 +215,7 @@ class Cpr(AnomalibModule):
                 descriptor_channels=descriptor_channels,
                 k=k,
                 window_sizes=WINDOWS if window_sizes is None else window_sizes,
+                blur_sigma=SIGMA if blur_sigma is None else blur_sigma,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -216,6 +224,7 @@ class Cpr(AnomalibModule):
                 bank_file=bank_file,
             )
         self._choose_windows, self._loose = window_sizes is None, False
+        self._default_blur = blur_sigma is None
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.rotations = tuple(rotations)
@@ -759,6 +768,9 @@ class Cpr(AnomalibModule):
         self.held_out = own.get("held_out", self.held_out)
         if self._choose_windows:
             self.model.window_sizes = tuple(own.get("window_sizes", WINDOWS))
+        if self._default_blur:
+            sigma = SIGMA if own.get("format", 1) >= FORMAT_OF_NARROW_BLUR else PAPER_SIGMA
+            self.model.scorer = Scorer(sigma=sigma).to(self.device)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

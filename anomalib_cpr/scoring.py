@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scorer: from distances per scale to an anomaly map and an image score."""
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 TOP_SHARE = 512 / 320**2
+PAPER_SIGMA = 4.0
+# Half of the paper's blur gave drawn parts of 320 pixels 0.007 (gear), 0.000 (bracket) and 0.029 (fabric) more pixel
+# AP, and none a lower image AUROC or AUPRO by more than 0.0002 (results/blur).
+SIGMA = 2.0
 
 
 class Scorer(nn.Module):
@@ -17,20 +22,25 @@ class Scorer(nn.Module):
     Args:
         top_share (float): Share of the largest pixels whose mean is the image score: the authors' 512 at 320x320
             pixels, and as many at other sizes in proportion.
-        kernel_size (int): Of the Gaussian blur, in pixels, odd.
-        sigma (float): Of the Gaussian blur, in pixels.
+        sigma (float): Of the Gaussian blur, in pixels; it is cut off at 4 sigma.
+
+    Raises:
+        ValueError: If sigma is not positive.
 
     Note:
-        CPR (arXiv 2308.06748), section III-E. The authors add the cosine distances of both scales (0..4) and sum the
-        512 largest pixels; here both are means, of distances halved, so that maps and scores lie in 0..1. The ranking
-        is the same. Predictions outside 0..1 would be squashed by torchmetrics' sigmoid, under which scores tie.
+        CPR (arXiv 2308.06748), section III-E; sigma is 4 there. The authors add the cosine distances of both scales
+        (0..4) and sum the 512 largest pixels; here both are means, of distances halved, so that maps and scores lie in
+        0..1. The ranking is the same. Predictions outside 0..1 would be squashed by torchmetrics' sigmoid, under which scores tie.
     """
 
     kernel: Tensor
 
-    def __init__(self, top_share: float = TOP_SHARE, kernel_size: int = 33, sigma: float = 4.0) -> None:
+    def __init__(self, top_share: float = TOP_SHARE, sigma: float = SIGMA) -> None:
         super().__init__()
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"blur_sigma={sigma}: expected pixels, more than 0.")
         self.top_share = top_share
+        kernel_size = 2 * math.ceil(4 * sigma) + 1
         offsets = torch.arange(kernel_size, dtype=torch.float32) - kernel_size // 2
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)

@@ -16,7 +16,7 @@ from .global_retrieval import GlobalRetriever
 from .matching import match
 from .metric_head import MetricHead
 from .reference_bank import BankDtype, ReferenceBank
-from .scoring import Scorer
+from .scoring import SIGMA, Scorer
 
 BEYOND_ANY_COLOUR = 1e4  # sum of the channels of a normalised pixel; with 255 in place of 1 it is about 3,000
 
@@ -36,6 +36,7 @@ class CprModel(nn.Module):
         k (int): Number of references. More than there are training images means all of them.
         window_sizes (Sequence[int]): Side of the matching window per scale, in cells, odd; 999 is the whole
             map, for parts that lie anywhere.
+        blur_sigma (float): Of the Gaussian that smooths the map, in pixels.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the bank stores descriptors: 4, 2, 1 or half a
@@ -60,6 +61,7 @@ class CprModel(nn.Module):
         descriptor_channels: int = 384,
         k: int = 10,
         window_sizes: Sequence[int] = (3, 1),
+        blur_sigma: float = SIGMA,
         codebook_size: int = 12,
         blocks: int = 5,
         bank_dtype: BankDtype = "float32",
@@ -94,7 +96,7 @@ class CprModel(nn.Module):
         self.metric_heads = nn.ModuleList(
             MetricHead(channels, descriptor_channels) for channels in self.feature_extractor.channels
         )
-        self.scorer = Scorer()
+        self.scorer = Scorer(sigma=blur_sigma)
         self.bank = ReferenceBank(
             descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host, bank_file
         )

@@ -332,9 +332,13 @@ def test_a_checkpoint_of_format_1(checkpoints, datamodule, tmp_path):
         del content["hyper_parameters"][name]
     path = tmp_path / "x.ckpt"
     torch.save(content, path)
-    old, new = Cpr.load_from_checkpoint(path).eval(), Cpr.load_from_checkpoint(checkpoints["float32"]).eval()
+    old = Cpr.load_from_checkpoint(path).eval()
+    new = Cpr.load_from_checkpoint(checkpoints["float32"], blur_sigma=4).eval()
     images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(old(images).anomaly_map, new(images).anomaly_map)
+    assert torch.equal(old(images).anomaly_map, new(images).anomaly_map), "it was trained with a blur of 4 pixels"
+    assert Cpr.load_from_checkpoint(path, blur_sigma=3).model.scorer.kernel.numel() == 25
+    own = Cpr.load_from_checkpoint(checkpoints["float32"]).eval()
+    assert not torch.equal(own(images).anomaly_map, new(images).anomaly_map)
     assert old.seed == 3
     WAYS["test"](path, make(), datamodule)
 

@@ -20,6 +20,7 @@ def test_values_are_those_of_the_authors_code():
         "descriptor_channels": 384,
         "k": 10,
         "window_sizes": [3, 1],
+        "blur_sigma": 4.0,
         "codebook_size": 12,
         "blocks": 5,
         "kind": "auto",

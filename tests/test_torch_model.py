@@ -71,10 +71,10 @@ def _block_distance(query, reference):
 
 
 def _blur(image):
-    offsets = torch.arange(33) - 16.0
-    kernel = torch.exp(-(offsets**2) / 32)
+    offsets = torch.arange(17) - 8.0
+    kernel = torch.exp(-(offsets**2) / 8)
     kernel = kernel[:, None] * kernel
-    return F.conv2d(F.pad(image, [16] * 4, mode="reflect"), (kernel / kernel.sum())[None, None])
+    return F.conv2d(F.pad(image, [8] * 4, mode="reflect"), (kernel / kernel.sum())[None, None])
 
 
 def test_known_images_are_normal(images):
