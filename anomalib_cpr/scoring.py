@@ -30,7 +30,8 @@ class Scorer(nn.Module):
     Note:
         CPR (arXiv 2308.06748), section III-E; sigma is 4 there. The authors add the cosine distances of both scales
         (0..4) and sum the 512 largest pixels; here both are means, of distances halved, so that maps and scores lie in
-        0..1. The ranking is the same. Predictions outside 0..1 would be squashed by torchmetrics' sigmoid, under which scores tie.
+        0..1. The ranking is the same. Predictions outside 0..1 would be squashed by torchmetrics' sigmoid, under which
+        scores tie.
     """
 
     kernel: Tensor
