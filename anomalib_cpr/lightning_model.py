@@ -55,7 +55,7 @@ from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, c
 
 logger = logging.getLogger(__name__)
 
-# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 windows were given, never chosen, and the blur was 4.
+# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 windows were given, never chosen, and blur was 4.
 CHECKPOINT_FORMAT = 4
 FORMAT_OF_NARROW_BLUR = 4
 WINDOWS = (3, 1)
