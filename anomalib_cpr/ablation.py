@@ -400,7 +400,7 @@ def table(folder: Path) -> str:
     runs: dict[str, dict[tuple, dict]] = {}
     for row in rows:
         runs.setdefault(row["variant"], {})[tuple(row[name] for name in key)] = row
-    reference = runs["reference"]
+    reference = runs.get("reference", {})
     metrics = ("image_AUROC", "pixel_AP", "AUPRO")
     lines = [
         "| variant | runs | image AUROC | pixel AP | AUPRO | minus reference: image AUROC, mean (each) | pixel AP |",
@@ -414,7 +414,7 @@ def table(folder: Path) -> str:
         for metric in metrics[:2]:
             changes = [own[run][metric] - reference[run][metric] for run in sorted(own) if run in reference]
             each = ", ".join(f"{value:+.3f}" for value in changes)
-            cells.append("" if name == "reference" else f"{statistics.mean(changes):+.3f} ({each})")
+            cells.append(f"{statistics.mean(changes):+.3f} ({each})" if changes and name != "reference" else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -41,11 +41,13 @@ def test_runs_and_table(tmp_path, monkeypatch):
 def test_differences_are_from_the_same_category_and_seed(tmp_path):
     common = {"steps": 40, "image_size": 160, "batch_size": 8, "image_AUROC": 0.9}
     runs = [("reference", 0, 0.5), ("reference", 1, 0.7), ("no warm-up", 1, 0.6), ("no warm-up", 2, 0.9)]
+    runs.append(("texture", 5, 0.1))
     for index, (variant, seed, precision) in enumerate(runs):
         row = {**common, "variant": variant, "category": "gear", "seed": seed, "pixel_AP": precision}
         (tmp_path / f"{index}.json").write_text(json.dumps(row))
     lines = table(tmp_path).splitlines()
     assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |  |  |"
     assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 |  | +0.000 (+0.000) | -0.100 (-0.100) |", (
-        "seed 2: alone"
+        "seed 2 is alone"
     )
+    assert lines[4] == "| texture | 1: gear | 0.900 | 0.100 |  |  |  |"
