@@ -532,9 +532,9 @@ class Cpr(AnomalibModule):
     def _decide_on_windows(self, data: TrainingData) -> None:
         """Of parts that may lie anywhere: match in windows, or over the whole map, by the evidence of the heads."""
         self.model.window_sizes = WINDOWS
-        if not self._loose:
+        if not self._loose or self._synthesise is None:
             return
-        structure = 0.5 if data.kind == "object" else 0.0
+        structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
         weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
         options = candidates(WINDOWS, data.images.size)
         generator = step_generator(int(self.seed or 0), 0, 0, 0)
