@@ -5,6 +5,7 @@
 and half the other. So everything is looked at first.
 """
 
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "training_images": (int, type(None)),
     "held_out": (list,),
     "window_sizes": (list,),
+    "blur_sigma": (int, float),
     "training_paths": (list,),
 }
 
@@ -133,6 +135,8 @@ def _check_own_values(own: object, newest_format: int) -> None:
     windows = values.get("window_sizes", [1, 1])
     if len(windows) != 2 or not all(type(side) is int and side > 0 and side % 2 for side in windows):
         raise ValueError(f"The checkpoint is damaged: its window_sizes are {windows!r}, not two odd numbers.")
+    if not 0 < values.get("blur_sigma", 1) < math.inf:
+        raise ValueError(f"The checkpoint is damaged: its blur_sigma is {values['blur_sigma']!r}, not above 0.")
     if not 1 <= values.get("format", 1) <= newest_format:
         raise ValueError(
             f"The checkpoint has format {values['format']}, this anomalib_cpr reads 1 to {newest_format}. "

@@ -55,9 +55,8 @@ from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, c
 
 logger = logging.getLogger(__name__)
 
-# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 windows were given, never chosen, and blur was 4.
+# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4.
 CHECKPOINT_FORMAT = 4
-FORMAT_OF_NARROW_BLUR = 4
 WINDOWS = (3, 1)
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
@@ -83,8 +82,8 @@ class Cpr(AnomalibModule):
         window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
             whole map, for parts that lie anywhere. None takes the paper's 3 and 1, or the whole map where the training
             images look like loose parts and it finds weak synthetic anomalies on them at least as well.
-        blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2, and the paper's 4 for
-            checkpoints of a time that knew nothing else.
+        blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2 in a training, and that
+            of its training for a checkpoint.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -742,8 +741,9 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out
-        if self._choose_windows:
-            checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
+        # The thresholds in the checkpoint belong to these, also where a model that names none of its own loads it.
+        checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
+        checkpoint["cpr"]["blur_sigma"] = self.model.scorer.sigma
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -768,8 +768,7 @@ class Cpr(AnomalibModule):
         if self._choose_windows:
             self.model.window_sizes = tuple(own.get("window_sizes", WINDOWS))
         if self._default_blur:
-            sigma = SIGMA if own.get("format", 1) >= FORMAT_OF_NARROW_BLUR else PAPER_SIGMA
-            self.model.scorer = Scorer(sigma=sigma).to(self.device)
+            self.model.scorer = Scorer(sigma=own.get("blur_sigma", PAPER_SIGMA)).to(self.device)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

@@ -41,6 +41,7 @@ class Scorer(nn.Module):
         if not 0 < sigma < math.inf:
             raise ValueError(f"blur_sigma={sigma}: expected pixels, more than 0.")
         self.top_share = top_share
+        self.sigma = sigma
         kernel_size = 2 * math.ceil(4 * sigma) + 1
         offsets = torch.arange(kernel_size, dtype=torch.float32) - kernel_size // 2
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)

@@ -208,6 +208,11 @@ CONTENTS = {
     "format in words": (of_own(format="two"), "damaged: its format is 'two'"),
     "another kind": (of_own(kind="robot"), "its kind is 'robot', not 'object' or 'texture'"),
     "a seed in words": (of_own(seed="x"), "its seed is 'x'"),
+    "windows in words": (of_own(window_sizes="x"), "its window_sizes is 'x'"),
+    "even windows": (of_own(window_sizes=[4, 2]), r"its window_sizes are \[4, 2\], not two odd numbers"),
+    "one window": (of_own(window_sizes=[3]), r"its window_sizes are \[3\], not two odd numbers"),
+    "no blur": (of_own(blur_sigma=0.0), "its blur_sigma is 0.0, not above 0"),
+    "blur that is no number": (of_own(blur_sigma=float("nan")), "its blur_sigma is nan, not above 0"),
     "paths in words": (of_own(training_paths="x"), "its training_paths is 'x'"),
     "own part a word": (lambda content: content.update(cpr="x"), "damaged"),
     "NaN in a head": (

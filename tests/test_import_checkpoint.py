@@ -158,6 +158,7 @@ def test_command_writes_a_checkpoint_that_tests_and_predicts(released, data, tmp
     model = Cpr(descriptor_channels=24, pre_processor=Cpr.configure_pre_processor((SIZE, SIZE)))
     engine = Engine(default_root_dir=tmp_path, logger=False, enable_progress_bar=False, accelerator="cpu")
     (metrics,) = engine.test(model, datamodule=data, ckpt_path=output)
+    assert (model.model.window_sizes, model.model.scorer.sigma) == ((3, 1), 4.0), "the authors', whatever our defaults"
     assert 0 <= metrics["image_AUROC"] <= 1
     assert len(engine.predict(model, datamodule=data, ckpt_path=output)) == 2
 
