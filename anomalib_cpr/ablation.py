@@ -37,6 +37,7 @@ from .lightning_model import Cpr
 from .metric_head import read_at
 from .pairs import PatchPairs
 from .real_anomalies import give_back, read_from_test_set
+from .training import ImagePairs
 
 RESULTS = Path("results/ablation")
 
@@ -63,14 +64,18 @@ class AblationCpr(Cpr):
         self.anomaly_probability = anomaly_probability
         self.nearest = nearest
 
-    def compare_pairs(self, step: int, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Compare more or fewer patches than usual."""
+    def draw_pairs(self, step: int, batch_idx: int) -> tuple[ImagePairs, torch.Generator]:
+        """Draw other pairs of images than usual."""
         assert self._synthesise is not None and self._training_data is not None  # noqa: S101, PT018
         neighbours = self._training_data.neighbours[:, : self.nearest]
         self._training_data = replace(self._training_data, neighbours=neighbours)
         self._synthesise.anomaly_probability = self.anomaly_probability
+        return super().draw_pairs(step, batch_idx)
+
+    def compare_pairs(self, images: ImagePairs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Compare more or fewer patches than usual."""
         with mock.patch.object(training.training_loss, "__defaults__", (self.positions,)):
-            return super().compare_pairs(step, batch_idx)
+            return super().compare_pairs(images, generator)
 
 
 class Average(Callback):
@@ -165,6 +170,31 @@ class BuildBank(Callback):
         pl_module.build_bank()
 
 
+class Curve(Callback):
+    """Measures the model in the middle of its training, which goes on as if nothing had been.
+
+    Args:
+        steps (list[int]): After which steps.
+        measure (Callable[[Cpr], dict[str, Any]]): Gives the metrics.
+    """
+
+    def __init__(self, steps: list[int], measure: Callable[[Cpr], dict[str, Any]]) -> None:
+        self.steps, self.measure = steps, measure
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Cpr, *args: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Measure, if it is time."""
+        del args
+        if trainer.global_step not in self.steps or trainer.global_step == trainer.max_steps:
+            return
+        start = time.perf_counter()
+        pl_module.build_bank()
+        self.points.append({"steps": trainer.global_step, **self.measure(pl_module)})
+        pl_module.train()
+        self.seconds += time.perf_counter() - start
+
+
 def equal_weights(query_features: Tensor, reference_features: Tensor, pairs: PatchPairs) -> Tensor:
     """All remote negatives count the same."""
     del query_features, reference_features
@@ -216,6 +246,12 @@ VARIANTS = {
         patches={"remote_weights": LIKELY_POSITIVES.remote_weights, "metric_loss": LIKELY_POSITIVES.metric_loss}
     ),
     "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),
+    "copies turned by 4 and 8 degrees": Variant({"rotations": [-8, -4, 4, 8]}),
+    "copies turned by 3 and 6 degrees": Variant({"rotations": [-6, -3, 3, 6]}),
+    "copies turned by 4 degrees, 10 known defects": Variant({"rotations": [-4, 4], "known_anomalies": 10}),
+    "copies turned by 4 degrees, constant learning rate": Variant(
+        {"rotations": [-4, 4], "learning_rate_schedule": "constant"}
+    ),
     "8 known defects": Variant({"known_anomalies": 8}),
     "10 known defects": Variant({"known_anomalies": 10}),
     "texture": Variant({"kind": "texture"}),
@@ -251,22 +287,25 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         **{**REFERENCE, **variant.arguments},
     )
     datamodule = load_data(category, options)
+    curve = Curve(options.measure_at, lambda trained: measure(trained, load_data(category, options), options.held_out))
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
         copies = "".join(f"_{angle:g}" for angle in model.rotations)
         _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}{copies}.pt")
         engine = Engine(
             max_steps=options.steps,
             limit_val_batches=0,
-            callbacks=[*variant.callbacks(), BuildBank()],
+            callbacks=[*variant.callbacks(), BuildBank(), *([curve] if options.measure_at else [])],
             default_root_dir=folder,
             logger=False,
-            accelerator="cpu",
+            accelerator=options.accelerator,
+            devices=1,
             enable_progress_bar=False,
         )
         start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
-        seconds = time.perf_counter() - start
-    return {
+        seconds = time.perf_counter() - start - curve.seconds
+    model.to(engine.trainer.strategy.root_device)  # Lightning takes it back to main memory
+    result = {
         "variant": name,
         "category": category,
         "seed": seed,
@@ -280,10 +319,12 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "held_out": options.held_out,
         "kind": model.resolved_kind,
         "window_sizes": list(model.model.window_sizes),
-        "commit": commit(),
+        "commit": options.commit or commit(),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
         "fit_seconds": round(seconds, 1),
         **measure(model, datamodule, options.held_out),
     }
+    return {**result, "curve": curve.points} if curve.points else result
 
 
 def load_data(category: str, options: argparse.Namespace) -> AnomalibDataModule:
@@ -323,10 +364,10 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
     for index in range(len(datamodule.test_data)):
         item: Any = datamodule.test_data[index]
         with torch.no_grad():
-            prediction = model.model(transform(item.image[None]))
-        scores.append(prediction.pred_score)
+            prediction = model.model(transform(item.image[None].to(model.device)))
+        scores.append(prediction.pred_score.cpu())
         labels.append(bool(item.gt_label))
-        maps.append(prediction.anomaly_map[:, 0])
+        maps.append(prediction.anomaly_map[:, 0].cpu())
         mask = item.gt_mask if item.gt_mask is not None else torch.zeros(item.image.shape[-2:])
         masks.append(resize_masks((mask > 0).view(1, *mask.shape[-2:]), maps[-1].shape[-2:]))
         kept.append(item.image_path not in left_out)
@@ -439,6 +480,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--measure-at", nargs="+", type=int, default=[], help="steps after which to measure as well")
+    parser.add_argument("--accelerator", default="cpu", help="cpu, gpu, ...: as Lightning calls it")
+    parser.add_argument("--commit", help="what to call the code in the results, away from its repository")
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=0, help="defects that leave the test set of every variant")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")

@@ -48,7 +48,16 @@ from .resume_point import ResumePoint
 from .scoring import PAPER_SIGMA, SIGMA, Scorer
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
-from .training import TrainingData, draw_image_pairs, frozen_features, step_precision, training_autocast, training_loss
+from .training import (
+    ImagePairs,
+    PairsAhead,
+    TrainingData,
+    draw_image_pairs,
+    frozen_features,
+    step_precision,
+    training_autocast,
+    training_loss,
+)
 from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
 from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, choose, compare_windows
@@ -251,6 +260,7 @@ class Cpr(AnomalibModule):
         self._described: tuple[Tensor, Tensor] | None = None  # histograms and foregrounds of all training images
         self._trained_on: int | None = None
         self._synthesise: SyntheticAnomalyGenerator | None = None
+        self._pairs_ahead: PairsAhead | None = None
         self._plan: StepPlan | None = None
         self._before_step: tuple[int, list[Tensor]] | None = None
         self._batch_size = 0
@@ -408,6 +418,8 @@ class Cpr(AnomalibModule):
                 loader, getattr(self.pre_processor, "transform", None), self.seed, self._track("Training images", total)
             )
         images = with_turned_copies(images, self.rotations)
+        if self.device.type == "cuda":  # where a step would wait for them to come
+            images.to_device(self.device)
         self.training_paths = images.paths
         if resumed:
             self._check_resumed(images)
@@ -633,29 +645,48 @@ class Cpr(AnomalibModule):
             Tensor: The loss.
         """
         del batch
-        positive, negative = self.compare_pairs(self.trainer.global_step, batch_idx)
+        if self._pairs_ahead is None:
+            self._pairs_ahead = PairsAhead(self.draw_pairs, self.device)
+        ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        step = self.trainer.global_step
+        positive, negative = self.compare_pairs(
+            *self._pairs_ahead.take(step, batch_idx, following=(step + ends_step, batch_idx + 1))
+        )
         loss = positive + negative
         self.log("train_loss", loss, prog_bar=True, batch_size=self._batch_size)
         self.log("train_loss_positive", positive, batch_size=self._batch_size)
         self.log("train_loss_negative", negative, batch_size=self._batch_size)
         return loss
 
-    def compare_pairs(self, step: int, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What a step learns from, without Lightning: draw pairs of images and compare their patches.
+    def draw_pairs(self, step: int, batch_idx: int) -> tuple[ImagePairs, torch.Generator]:
+        """The pairs of images that a step compares.
 
         Args:
             step (int): Optimiser steps done.
             batch_idx (int): Batch within the epoch.
 
         Returns:
+            tuple[ImagePairs, torch.Generator]: The pairs, and the random generator of the step as it stands after them.
+        """
+        data, synthesise, described = self._training_data, self._synthesise, self._described
+        assert data and synthesise and described and self.seed is not None  # noqa: S101, PT018 - set before steps
+        generator = step_generator(self.seed, self.global_rank, step, batch_idx)
+        # Not the foregrounds of the bank: with max_references, a validation leaves it only some.
+        return draw_image_pairs(data, described[1], synthesise, self._batch_size, generator), generator
+
+    def compare_pairs(self, images: ImagePairs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What a step learns from, without Lightning: compare the patches of pairs of images.
+
+        Args:
+            images (ImagePairs): From :meth:`draw_pairs`.
+            generator (torch.Generator): From the same.
+
+        Returns:
             tuple[Tensor, Tensor]: Loss of the positives and of the negatives.
         """
-        data, synthesise = self._training_data, self._synthesise
-        assert data is not None and synthesise is not None and self.seed is not None  # noqa: S101, PT018
-        generator = step_generator(self.seed, self.global_rank, step, batch_idx)
-        images = draw_image_pairs(data, self.model.bank.foregrounds, synthesise, self._batch_size, generator)
+        assert self._training_data is not None  # noqa: S101 - narrows the type
         with training_autocast(self.training_precision, self.device):
-            return training_loss(self.model, data, images, generator)
+            return training_loss(self.model, self._training_data, images, generator)
 
     @property
     def _running_statistics(self) -> list[Tensor]:
@@ -845,6 +876,9 @@ class Cpr(AnomalibModule):
     def end_fit(self) -> None:
         """Free the training images, and give the trainer its own loader and limits back."""
         self._give_back()
+        if self._pairs_ahead is not None:
+            self._pairs_ahead.close()
+            self._pairs_ahead = None
         if self._given_by_user is not None:
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user

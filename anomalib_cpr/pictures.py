@@ -76,7 +76,7 @@ def show_colours(axes: Axes, colours: Tensor, title: str = "") -> AxesImage:
     Returns:
         AxesImage: What was drawn.
     """
-    drawn = axes.imshow(colours.permute(1, 2, 0).numpy().clip(0, 1), interpolation="antialiased")
+    drawn = axes.imshow(colours.permute(1, 2, 0).cpu().numpy().clip(0, 1), interpolation="antialiased")
     bare(axes, title)
     return drawn
 

@@ -2,11 +2,12 @@
 """What is learned from the training images before the first step: codebook, foreground, histograms."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from .foreground import Discriminant, border_and_centre, fit_discriminant
 from .torch_model import CprModel
 
 SAMPLES = 50_000
+RESTARTS = 10
 
 ClusteringBackend = Literal["sklearn", "faiss"]
 
@@ -74,10 +76,27 @@ def cluster_centres(
     """
     # One thread: sums of several threads are added in the order in which they finish, so that two runs would differ in
     # the last bits, and with them, in rare cases, everything that is retrieved.
+    threads = torch.get_num_threads()
     with threadpool_limits(limits=1):
         if backend == "faiss":
             return _faiss_centres(features, clusters, seed)
-        return KMeans(clusters, n_init=10, random_state=seed % 2**32).fit(features).cluster_centers_.astype(np.float32)
+        return _sklearn_centres(features, clusters, seed, threads)
+
+
+def _sklearn_centres(features: np.ndarray, clusters: int, seed: int, threads: int) -> np.ndarray:
+    """What ``KMeans(clusters, n_init=10)`` does, but for its restarts side by side, each in one thread."""
+    mean = features.mean(axis=0)
+    centred = features - mean
+    random = np.random.RandomState(seed % 2**32)
+    starts = [kmeans_plusplus(centred, clusters, random_state=random)[0] for _ in range(RESTARTS)]
+
+    def refine(start: np.ndarray) -> KMeans:
+        with threadpool_limits(limits=1, user_api="openmp"):  # OpenMP's limit is each thread's own
+            return KMeans(clusters, init=start, n_init=1).fit(centred)
+
+    with ThreadPoolExecutor(min(RESTARTS, threads)) as pool:
+        best = min(pool.map(refine, starts), key=lambda found: found.inertia_)
+    return (best.cluster_centers_ + mean).astype(np.float32)
 
 
 def _faiss_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of metric learning: pairs of images, pairs of patches, loss. Knows nothing of Lightning."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -107,6 +109,74 @@ def draw_image_pairs(
         queries = tidy(augment(tidy(queries), generator))
         references = tidy(augment(tidy(data.images.take(matched, device)), generator))
     return ImagePairs(queries, references, anomalies, weights)
+
+
+class PairsAhead:
+    """Draws the pairs of the next step while a GPU computes this one.
+
+    Which anomalies stay is decided on the CPU, and without this the GPU would wait for it, and then the CPU for the
+    GPU. The pairs depend only on the numbers of the step, so they are the same as without.
+
+    Args:
+        draw (Callable[[int, int], tuple[ImagePairs, torch.Generator]]): Draws the pairs of a step and a batch within
+            the epoch; also returns the random generator, for what the step draws after them.
+        device (torch.device): Where the pairs are wanted. On a CPU nothing is drawn ahead.
+    """
+
+    def __init__(self, draw: Callable[[int, int], tuple[ImagePairs, torch.Generator]], device: torch.device) -> None:
+        self._draw, self._device = draw, device
+        self._next: tuple[tuple[int, int], Future] | None = None
+        self._thread = self._stream = None
+        if device.type == "cuda":
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpr-pairs")
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # for images and foregrounds
+
+    def take(self, step: int, batch: int, following: tuple[int, int] | None) -> tuple[ImagePairs, torch.Generator]:
+        """Pairs of a step.
+
+        Args:
+            step (int): Optimiser steps done.
+            batch (int): Batch within the epoch.
+            following (tuple[int, int] | None): The same of the pairs that are going to be asked for next.
+
+        Returns:
+            tuple[ImagePairs, torch.Generator]: The pairs, and the random generator after their drawing.
+        """
+        if self._thread is None or self._stream is None:
+            return self._draw(step, batch)
+        ahead, self._next = self._next, None
+        if ahead is None or ahead[0] != (step, batch):
+            self.wait(ahead)
+            ahead = (step, batch), self._thread.submit(self._draw_aside, step, batch)
+        pairs, generator, done = ahead[1].result()
+        if following is not None:
+            self._next = following, self._thread.submit(self._draw_aside, *following)
+        torch.cuda.current_stream(self._device).wait_event(done)
+        for part in vars(pairs).values():
+            if part is not None:  # its memory is not to be used anew before this stream is through with it
+                part.record_stream(torch.cuda.current_stream(self._device))
+        return pairs, generator
+
+    def _draw_aside(self, step: int, batch: int) -> tuple[ImagePairs, torch.Generator, torch.cuda.Event]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            pairs, generator = self._draw(step, batch)
+            done = torch.cuda.Event()
+            done.record()
+        return pairs, generator, done
+
+    @staticmethod
+    def wait(ahead: tuple[tuple[int, int], Future] | None) -> None:
+        """Let pairs that nobody wants come to their end, whatever it is."""
+        if ahead is not None:
+            ahead[1].exception()
+
+    def close(self) -> None:
+        """Draw no more."""
+        if self._thread is not None:
+            self.wait(self._next)
+            self._thread.shutdown()
+            self._next = self._thread = None
 
 
 def round_to_eight_bits(images: Tensor) -> Tensor:

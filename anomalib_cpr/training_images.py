@@ -17,9 +17,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from .memory import scarcity
+from .memory import available_bytes, scarcity
 
 logger = logging.getLogger(__name__)
+
+DEVICE_SHARE = 0.2  # of the free memory of a device that training images may take: the bank and the steps need the rest
 
 
 class TrainingImages:
@@ -53,6 +55,16 @@ class TrainingImages:
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise images as the pre-processor does: ``(batch, 3, height, width)`` in 0..1 to the same shape."""
         return images if self._normalize is None else self._normalize(images)
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the images to where the steps take them from, if they leave most of its memory free.
+
+        Args:
+            device (torch.device): Where the model is.
+        """
+        available = available_bytes(device)
+        if available is not None and self.images.nbytes <= DEVICE_SHARE * available:
+            self.images = self.images.to(device)
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
         """Images in 0..1 on a device, ``(len(indices), 3, height, width)``."""

@@ -77,7 +77,7 @@ class StepClock(Callback):
         _wait(model.device)
         start = time.perf_counter()
         with torch.enable_grad():
-            positive, negative = model.compare_pairs(step, 0)
+            positive, negative = model.compare_pairs(*model.draw_pairs(step, 0))
         with record_function(BACKWARD):
             optimizer.zero_grad()  # type: ignore[union-attr]
             (positive + negative).backward()

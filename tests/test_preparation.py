@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_BACKBONE
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from anomalib_cpr.foreground import border_and_centre
@@ -57,6 +58,27 @@ def test_cluster_centres_find_the_clusters(backend):
     found = np.linalg.norm(features[:, None] - centres, axis=2).argmin(1)
     assert adjusted_rand_score(labels, found) == 1
     assert np.array_equal(centres, cluster_centres(features, 3, 0, backend))
+
+
+@pytest.mark.parametrize("clusters", [2, 12])
+def test_restarts_side_by_side_are_as_good_as_scikit_learn_s_and_repeat(clusters):
+    features = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
+    features[:, 0] += 5 * np.random.default_rng(1).integers(0, clusters, 3000)
+
+    def inertia(centres):
+        return np.square(features[:, None] - centres).sum(-1).min(1).sum()
+
+    expected = KMeans(clusters, n_init=10, random_state=5).fit(features).inertia_
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            found.append(cluster_centres(features, clusters, 5))
+    finally:
+        torch.set_num_threads(threads)
+    assert inertia(found[0]) == pytest.approx(expected, rel=1e-4)
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
 
 
 def test_missing_faiss_says_what_to_do(monkeypatch):

@@ -105,7 +105,7 @@ class Look(Callback):
         for rank in range(2):
             with self.monkeypatch.context() as patch:
                 patch.setattr(Cpr, "global_rank", property(lambda _, rank=rank: rank))
-                loss = sum(pl_module.compare_pairs(0, 0))
+                loss = sum(pl_module.compare_pairs(*pl_module.draw_pairs(0, 0)))
             self.gradients.append(torch.autograd.grad(loss, list(pl_module.model.metric_heads.parameters())))
 
 

@@ -441,5 +441,6 @@ def test_gpu_draws_the_same_places_and_repeats():
     _, masks = generator(images, disc(8), seeded(1))
     first, gpu_masks = generator(images.cuda(), disc(8).cuda(), seeded(1))
     second, _ = generator(images.cuda(), disc(8).cuda(), seeded(1))
-    assert torch.equal(gpu_masks.cpu(), masks)
+    differing = (gpu_masks.cpu() != masks).float().mean()
+    assert differing < 1e-3, "sines and sums round differently, so that a pixel may pass the threshold"
     assert torch.equal(first, second)
