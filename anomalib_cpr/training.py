@@ -129,7 +129,8 @@ class PairsAhead:
         self._thread = self._stream = None
         if device.type == "cuda":
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="cpr-pairs")
-            self._stream = torch.cuda.Stream(device)
+            # Its small kernels would otherwise queue behind the large ones of the step.
+            self._stream = torch.cuda.Stream(device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(device))  # for images and foregrounds
 
     def take(self, step: int, batch: int, following: tuple[int, int] | None) -> tuple[ImagePairs, torch.Generator]:
