@@ -38,6 +38,23 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert "| reference | 1: gear |" in ablation("table", folder=tmp_path)
 
 
+@pytest.mark.slow
+def test_measuring_in_the_middle_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    size = ["--steps", 4, "--batch-size", 2, "--image-size", 64, "--categories", "gear", "--variants", "reference"]
+    ablation("run", *size, "--results", "plain", folder=tmp_path)
+    ablation("run", *size, "--results", "curve", "--measure-at", 1, 2, 4, "--commit", "abc", folder=tmp_path)
+    plain, curve = (json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in ("plain", "curve"))
+    points = curve.pop("curve")
+    assert [point["steps"] for point in points] == [1, 2], "the last is the result itself"
+    assert points[0]["pixel_AP"] != points[1]["pixel_AP"]
+    assert curve.pop("commit") == "abc"
+    for row in (plain, curve):
+        del row["fit_seconds"]
+    del plain["commit"]
+    assert curve == plain
+
+
 def test_differences_are_from_the_same_category_and_seed(tmp_path):
     common = {"steps": 40, "image_size": 160, "batch_size": 8, "image_AUROC": 0.9}
     runs = [("reference", 0, 0.5), ("reference", 1, 0.7), ("no warm-up", 1, 0.6), ("no warm-up", 2, 0.9)]

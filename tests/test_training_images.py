@@ -9,6 +9,7 @@ from conftest import write_mvtec
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from anomalib_cpr import training_images
 from anomalib_cpr.training_images import TrainingImages, load_training_images, split_transform, turn, with_turned_copies
 
 NORMALIZE = v2.Normalize([0.5] * 3, [0.25] * 3)
@@ -157,3 +158,11 @@ def test_turned_copies_follow_their_photograph():
         torch.testing.assert_close(more.images[3 * index + 1], image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
         assert torch.equal(more.images[3 * index + 2], turn(image, -5))
     assert with_turned_copies(images, []) is images
+
+
+@pytest.mark.parametrize(("free", "moved"), [(10**9, True), (4 * 8 * 3 * 16 * 16 * 4, False), (None, False)])
+def test_images_move_to_a_device_that_has_room(monkeypatch, free, moved):
+    monkeypatch.setattr(training_images, "available_bytes", lambda _: free)
+    images = TrainingImages(torch.rand(8, 3, 16, 16), None)
+    images.to_device(torch.device("meta"))
+    assert (images.images.device.type == "meta") == moved
