@@ -148,7 +148,7 @@ class PairsAhead:
             return self._draw(step, batch)
         ahead, self._next = self._next, None
         if ahead is None or ahead[0] != (step, batch):
-            self.wait(ahead)
+            self._wait(ahead)
             ahead = (step, batch), self._thread.submit(self._draw_aside, step, batch)
         pairs, generator, done = ahead[1].result()
         if following is not None:
@@ -167,7 +167,7 @@ class PairsAhead:
         return pairs, generator, done
 
     @staticmethod
-    def wait(ahead: tuple[tuple[int, int], Future] | None) -> None:
+    def _wait(ahead: tuple[tuple[int, int], Future] | None) -> None:
         """Let pairs that nobody wants come to their end, whatever it is."""
         if ahead is not None:
             ahead[1].exception()
@@ -175,7 +175,7 @@ class PairsAhead:
     def close(self) -> None:
         """Draw no more."""
         if self._thread is not None:
-            self.wait(self._next)
+            self._wait(self._next)
             self._thread.shutdown()
             self._next = self._thread = None
 
