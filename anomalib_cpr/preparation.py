@@ -74,9 +74,9 @@ def cluster_centres(
     Raises:
         ImportError: If faiss is asked for and not installed.
     """
+    threads = torch.get_num_threads()  # asked here, because the limit holds for torch as well
     # One thread: sums of several threads are added in the order in which they finish, so that two runs would differ in
     # the last bits, and with them, in rare cases, everything that is retrieved.
-    threads = torch.get_num_threads()
     with threadpool_limits(limits=1):
         if backend == "faiss":
             return _faiss_centres(features, clusters, seed)
@@ -116,7 +116,7 @@ def _faiss_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray
             features.shape[1],
             clusters,
             niter=100,
-            nredo=10,
+            nredo=RESTARTS,
             seed=seed % 2**31,
             min_points_per_centroid=1,
             max_points_per_centroid=len(features),
