@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision import tv_tensors
 
 from .anomaly_sources import TEXTURE_SUFFIXES as IMAGE_SUFFIXES
-from .synthetic_anomalies import OPERATIONS, change_appearance
+from .appearance import PHOTOMETRIC_OPERATIONS, change_appearance
 
 QUERY_PROBABILITY = 0.025
 PASTE_PROBABILITY = 0.2
@@ -27,8 +27,6 @@ APPEARANCE_PROBABILITY = 0.5
 PLACE_PROBABILITY = 0.9
 SCALES = (0.5, 1.5)
 OPACITIES = (0.5, 1.0)
-# Pasted defects are turned as a whole, so their appearance is changed by the other nine operations.
-PHOTOMETRIC_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.__name__ != "_turn")
 # The authors shuffle the defects with this seed before they take the first ones.
 CHOICE_SEED = 42
 
@@ -81,6 +79,7 @@ class KnownAnomalies:
                 defect, mask = self.images[which].to(queries.device), self.masks[which].to(queries.device)
                 appearance, placed, turn, scale, down, right, opacity = torch.rand(7, generator=generator).tolist()
                 if appearance < APPEARANCE_PROBABILITY:
+                    # It is turned as a whole below, so its appearance is changed by the other nine operations.
                     defect = change_appearance(defect[None], generator, PHOTOMETRIC_OPERATIONS)[0]
                 if placed < PLACE_PROBABILITY:
                     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * scale

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic anomalies: noise-shaped patches of foreign texture, or of the image's own structure in disorder.
 
-Noise and looks are computed on the device of the images; which parts of the noise stay is decided on the CPU, where
-OpenCV finds connected components. Source: CPR (arXiv 2308.06748), section IV, and DRAEM (arXiv 2108.07610), section
-3.3, with the values of CPR's code.
+Choices are made on the CPU, all else is computed on the device of the images, for all of them at once.
+Source: CPR (arXiv 2308.06748), section IV, and DRAEM (arXiv 2108.07610), section 3.3, with the values of CPR's code.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torchvision.transforms import v2
 
 from .anomaly_sources import AnomalySource, ProceduralTextures, TextureFolder
+from .appearance import change_appearance, rotate
+from .components import keep_components
 
 LARGEST_EXPONENT = 5
 THRESHOLD = 0.5
@@ -27,7 +24,6 @@ LARGEST_ROTATION = 90.0
 MAXIMUM_TRIES = 50
 FOREGROUND_THRESHOLD = 0.5
 TILES = 16
-OPERATIONS_PER_IMAGE = 3
 
 
 class SyntheticAnomalyGenerator(nn.Module):
@@ -99,8 +95,8 @@ class SyntheticAnomalyGenerator(nn.Module):
             generator,
             images.device,
         )
-        chosen = masks.flatten(1).any(1).nonzero().flatten()
-        where, masks = chosen.to(images.device), masks.to(images.device)
+        chosen = masks.flatten(1).any(1).cpu().nonzero().flatten()
+        where = chosen.to(images.device)
         if not len(chosen):
             return images.clone(), masks
 
@@ -154,29 +150,28 @@ def draw_masks(
 
     Args:
         anomalous (Tensor): Which images get an anomaly, bool, ``(batch,)``, on the CPU.
-        foreground (Tensor | None): Where the object is, bool, ``(batch, height, width)``, on the CPU; None: everywhere.
+        foreground (Tensor | None): Where the object is, bool, ``(batch, height, width)``; None: everywhere.
         size (tuple[int, int]): Height and width in pixels.
         minimum_area (float): Smallest connected part, as a share of the image area.
         generator (torch.Generator): On the CPU; every choice comes from it.
-        device (torch.device | None): Computes the noise; None means the CPU.
+        device (torch.device | None): That of the foreground, where all is computed; None means the CPU.
 
     Returns:
-        Tensor: Bool, ``(batch, 1, height, width)``, on the CPU; empty where there should be none, or after
+        Tensor: Bool, ``(batch, 1, height, width)``, on the device; empty where there should be none, or after
             50 tries in vain.
     """
-    masks = torch.zeros((len(anomalous), 1, *size), dtype=torch.bool)
+    masks = torch.zeros((len(anomalous), *size), dtype=torch.bool, device=device)
     if foreground is not None:
-        anomalous = anomalous & foreground.flatten(1).any(1)
-    pending = anomalous.nonzero().flatten().tolist()
+        anomalous = anomalous & foreground.flatten(1).any(1).cpu()
+    pending = anomalous.nonzero().flatten()
     for _ in range(MAXIMUM_TRIES):
-        if not pending:
+        if not len(pending):
             break
-        candidates = (draw_noise(len(pending), size, generator, device) > THRESHOLD).cpu().numpy()
-        for index, candidate in zip(pending, candidates, strict=True):
-            kept = keep_components(candidate, None if foreground is None else foreground[index].numpy(), minimum_area)
-            masks[index, 0] = torch.from_numpy(kept)
-        pending = [index for index in pending if not masks[index].any()]
-    return masks
+        where = pending.to(masks.device)
+        candidates = draw_noise(len(pending), size, generator, device) > THRESHOLD
+        masks[where] = keep_components(candidates, None if foreground is None else foreground[where], minimum_area)
+        pending = pending[~masks[where].flatten(1).any(1).cpu()]
+    return masks[:, None]
 
 
 def draw_noise(
@@ -197,7 +192,8 @@ def draw_noise(
     cells = 2 ** torch.randint(LARGEST_EXPONENT + 1, (count, 2), generator=generator)
     angles = 2 * math.pi * torch.rand((count, lattice, lattice), generator=generator)
     degrees = LARGEST_ROTATION * (2 * torch.rand(count, generator=generator) - 1)
-    return rotate(perlin_noise(angles.to(device), cells.to(device), max(size)), degrees.to(device), size)
+    noise = perlin_noise(angles.to(device), cells.to(device), max(size))
+    return rotate(noise[:, None], degrees.to(device), size)[:, 0]
 
 
 def perlin_noise(angles: Tensor, cells: Tensor, side: int) -> Tensor:
@@ -226,49 +222,6 @@ def perlin_noise(angles: Tensor, cells: Tensor, side: int) -> Tensor:
     return math.sqrt(2) * (torch.cat([weight[0], lean[0]], dim=2) @ across)
 
 
-def rotate(maps: Tensor, degrees: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn maps around their centre and cut out the middle; outside there is 0.
-
-    Args:
-        maps (Tensor): Of shape ``(count, side, side)``.
-        degrees (Tensor): Angles, ``(count,)``; positive ones turn counterclockwise.
-        size (tuple[int, int]): Height and width of the middle, in pixels.
-
-    Returns:
-        Tensor: Bilinear, ``(count, height, width)``.
-    """
-    side = maps.shape[-1]
-    cosine, sine = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
-    down, right = size[0] / side, size[1] / side
-    zero = torch.zeros_like(cosine)
-    matrix = torch.stack([cosine * right, -sine * down, zero, sine * right, cosine * down, zero], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, [len(maps), 1, *size], align_corners=False)
-    return F.grid_sample(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
-
-
-def keep_components(mask: np.ndarray, foreground: np.ndarray | None, minimum_area: float) -> np.ndarray:
-    """Drop the parts of a mask that are too small or lie off the object.
-
-    Args:
-        mask (np.ndarray): Bool, ``(height, width)``. Pixels that touch at a corner are connected.
-        foreground (np.ndarray | None): Where the object is, bool, same shape; None: everywhere. A part that touches the
-            object is kept whole.
-        minimum_area (float): Smallest part to keep, as a share of the image area.
-
-    Returns:
-        np.ndarray: Bool, ``(height, width)``.
-    """
-    # Of OpenCV's algorithms, which all find the same parts, this one takes a third of the default's time.
-    count, labels, stats, _ = cv2.connectedComponentsWithStatsWithAlgorithm(
-        mask.astype(np.uint8), 8, cv2.CV_32S, cv2.CCL_GRANA
-    )
-    keep = stats[:, cv2.CC_STAT_AREA] >= minimum_area * mask.size
-    if foreground is not None:
-        keep &= np.bincount(labels[foreground], minlength=count) > 0
-    keep[0] = False  # label 0 is what lies outside the mask
-    return keep[labels]
-
-
 def shuffle_tiles(images: Tensor, order: Tensor) -> Tensor:
     """Cut images into a grid of tiles and put these back in another order.
 
@@ -293,114 +246,6 @@ def shuffle_tiles(images: Tensor, order: Tensor) -> Tensor:
     return whole[..., :height, :width]
 
 
-def change_appearance(
-    images: Tensor, generator: torch.Generator, operations: "Sequence[Operation] | None" = None
-) -> Tensor:
-    """Apply to each image three different operations out of ten, in random order.
-
-    Args:
-        images (Tensor): RGB in 0..1, ``(batch, 3, height, width)``.
-        generator (torch.Generator): On the CPU; every choice comes from it.
-        operations (Sequence[Operation] | None): To choose from; None means :data:`OPERATIONS`.
-
-    Returns:
-        Tensor: Same shape, in 0..1.
-    """
-    available = OPERATIONS if operations is None else operations
-    chosen = torch.rand((len(images), len(available)), generator=generator).argsort(1)[:, :OPERATIONS_PER_IMAGE]
-    strengths = torch.rand((len(images), OPERATIONS_PER_IMAGE, 3), generator=generator)
-    changed = []
-    for image, which, values in zip(images, chosen.tolist(), strengths.tolist(), strict=True):
-        for operation, strength in zip(which, values, strict=True):
-            image = available[operation](image, strength).clamp(0, 1)  # noqa: PLW2901 - one operation after another
-        changed.append(image)
-    return torch.stack(changed)
-
-
-# An operation takes an image (3, height, width) in 0..1 and three numbers in 0..1 that set its strength.
-Operation = Callable[[Tensor, list[float]], Tensor]
-
-
-def add_saturation(image: Tensor, change: float) -> Tensor:
-    """Add to the saturation of the HSV colour space; hue and value stay. Grey counts as red of saturation 0.
-
-    Args:
-        image (Tensor): RGB in 0..1, ``(3, height, width)``.
-        change (float): In -1..1; the sum is clamped to 0..1.
-
-    Returns:
-        Tensor: Same shape, in 0..1.
-    """
-    tiny = torch.finfo(image.dtype).tiny
-    lowest, highest = image.aminmax(dim=0, keepdim=True)
-    chroma = highest - lowest
-    # In HSV a colour is value * (1 - saturation * direction), where the direction depends on the hue alone.
-    red = image.new_tensor([0.0, 1.0, 1.0])[:, None, None]
-    direction = torch.where(chroma > 0, (highest - image) / chroma.clamp_min(tiny), red)
-    saturation = (chroma / highest.clamp_min(tiny) + change).clamp(0, 1)
-    return highest * (1 - saturation * direction)
-
-
-def _gamma(image: Tensor, strength: list[float]) -> Tensor:
-    exponents = [0.5 * 4**value for value in strength]  # 0.5..2, per channel
-    return image ** image.new_tensor(exponents)[:, None, None]
-
-
-def _brightness(image: Tensor, strength: list[float]) -> Tensor:
-    return image * (0.8 + 0.4 * strength[0]) + (2 * strength[1] - 1) * 30 / 255
-
-
-def _sharpness(image: Tensor, strength: list[float]) -> Tensor:
-    return v2.functional.adjust_sharpness(image, 3 * strength[0])  # below 1 blurs, above 1 sharpens
-
-
-def _hue_and_saturation(image: Tensor, strength: list[float]) -> Tensor:
-    # A factor on the saturation would leave grey images as they are; DRAEM adds to it.
-    image = add_saturation(image, (2 * strength[0] - 1) * 50 / 255)
-    return v2.functional.adjust_hue(image, (2 * strength[1] - 1) * 50 / 255)
-
-
-def _solarise(image: Tensor, strength: list[float]) -> Tensor:
-    return v2.functional.solarize(image, (32 + 96 * strength[0]) / 255)
-
-
-def _posterise(image: Tensor, strength: list[float]) -> Tensor:
-    return v2.functional.posterize(image, 1 + int(5 * strength[0]))
-
-
-def _invert(image: Tensor, strength: list[float]) -> Tensor:
-    del strength
-    return 1 - image
-
-
-def _autocontrast(image: Tensor, strength: list[float]) -> Tensor:
-    del strength
-    return v2.functional.autocontrast(image)
-
-
-def _equalise(image: Tensor, strength: list[float]) -> Tensor:
-    del strength
-    return v2.functional.equalize(image)
-
-
-def _turn(image: Tensor, strength: list[float]) -> Tensor:
-    return v2.functional.rotate(image, 90 * strength[0] - 45, v2.InterpolationMode.BILINEAR)
-
-
-OPERATIONS: tuple[Operation, ...] = (
-    _gamma,
-    _brightness,
-    _sharpness,
-    _hue_and_saturation,
-    _solarise,
-    _posterise,
-    _invert,
-    _autocontrast,
-    _equalise,
-    _turn,
-)
-
-
 def _resized_foreground(foreground: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where the object is, bool, ``(batch, height, width)``, on the CPU, where the components are found."""
-    return (F.interpolate(foreground.float(), size, mode="bilinear") > FOREGROUND_THRESHOLD)[:, 0].cpu()
+    """Where the object is, bool, ``(batch, height, width)``."""
+    return (F.interpolate(foreground.float(), size, mode="bilinear") > FOREGROUND_THRESHOLD)[:, 0]

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import colorsys
 import math
 
 import cv2
@@ -9,19 +8,13 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr import synthetic_anomalies
 from anomalib_cpr.anomaly_sources import ProceduralTextures, TextureFolder
 from anomalib_cpr.synthetic_anomalies import (
-    OPERATIONS,
     SyntheticAnomalyGenerator,
-    add_saturation,
     blend,
-    change_appearance,
     draw_masks,
     draw_noise,
-    keep_components,
     perlin_noise,
-    rotate,
     shuffle_tiles,
 )
 
@@ -97,58 +90,6 @@ def test_noise_of_a_flat_image_is_cut_from_a_square():
     assert (noise != 0).float().mean() > 0.8
 
 
-def test_rotate_by_quarter_turns():
-    maps = torch.rand((3, 6, 6), generator=seeded())
-    turned = rotate(maps, torch.tensor([0.0, 90.0, -90.0]), (6, 6))
-    torch.testing.assert_close(turned[0], maps[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(turned[1], maps[1].rot90(1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(turned[2], maps[2].rot90(-1), atol=1e-5, rtol=0)
-
-
-def test_rotate_cuts_out_the_middle():
-    maps = torch.rand((1, 8, 8), generator=seeded())
-    torch.testing.assert_close(rotate(maps, torch.zeros(1), (4, 8)), maps[:, 2:6], atol=1e-5, rtol=0)
-    torch.testing.assert_close(rotate(maps, torch.zeros(1), (8, 2)), maps[:, :, 3:5], atol=1e-5, rtol=0)
-
-
-def test_rotate_leaves_corners_empty():
-    turned = rotate(torch.ones(1, 32, 32), torch.tensor([45.0]), (32, 32))
-    assert turned[0, 0, 0] == 0
-    assert turned[0, 16, 16].item() == pytest.approx(1)
-
-
-def components_reference(mask, foreground, minimum_area):
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    kept = np.zeros_like(mask)
-    for label in range(1, count + 1):
-        part = labels == label
-        if part.sum() >= minimum_area * mask.size and (foreground is None or (part & foreground).any()):
-            kept |= part
-    return kept
-
-
-@pytest.mark.parametrize("minimum_area", [0.0, 0.002, 0.01, 0.2, 1.0])
-@pytest.mark.parametrize("density", [0.0, 0.3, 0.45, 0.6, 1.0])
-@pytest.mark.parametrize("with_foreground", [True, False])
-def test_components_equal_those_of_scipy(minimum_area, density, with_foreground):
-    mask = torch.rand((37, 53), generator=seeded()).numpy() < density
-    foreground = (torch.rand((37, 53), generator=seeded(1)).numpy() < 0.02) if with_foreground else None
-    kept = keep_components(mask, foreground, minimum_area)
-    assert kept.dtype == bool
-    np.testing.assert_array_equal(kept, components_reference(mask, foreground, minimum_area))
-
-
-def test_components_are_kept_whole():
-    mask = np.zeros((10, 10), bool)
-    mask[2, 1:9] = True
-    mask[7, 1:9] = True
-    foreground = np.zeros((10, 10), bool)
-    foreground[2, 8] = True
-    kept = keep_components(mask, foreground, 0.0)
-    assert kept[2, 1:9].all()
-    assert kept.sum() == 8
-
-
 @pytest.mark.parametrize(
     ("size", "tiles"),
     [
@@ -186,60 +127,6 @@ def test_tiles_of_sides_that_the_grid_does_not_divide(size):
     assert shuffled.shape == images.shape
     assert shuffled.min() >= 0
     assert shuffled.max() <= 1
-
-
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_operations_accept_any_image(operation, strength):
-    for image in (
-        some_images(1, (17, 23))[0],
-        torch.zeros(3, 17, 23),
-        torch.ones(3, 17, 23),
-        some_images(1, (1, 1))[0],
-    ):
-        changed = operation(image, [strength] * 3).clamp(0, 1)
-        assert changed.shape == image.shape
-        assert changed.isfinite().all()
-
-
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-def test_operations_do_something(operation):
-    # Compressed contrast, so that stretching it shows.
-    image = 0.2 + 0.6 * some_images(1, (32, 32))[0]
-    assert (operation(image, [0.2, 0.8, 0.6]).clamp(0, 1) - image).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("change", [-1.0, -0.2, 0.0, 0.2, 1.0])
-def test_saturation_equals_that_of_the_standard_library(change):
-    corners = torch.cartesian_prod(*3 * [torch.tensor([0.0, 0.25, 1.0]).double()])  # greys, black, white, pure colours
-    colours = torch.cat([torch.rand((200, 3), generator=seeded()).double(), corners])
-    changed = add_saturation(colours.T[:, :, None], change)[:, :, 0].T
-    expected = []
-    for colour in colours.tolist():
-        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
-        expected.append(colorsys.hsv_to_rgb(hue, min(1.0, max(0.0, saturation + change)), value))
-    torch.testing.assert_close(changed, torch.tensor(expected).double(), atol=2e-7, rtol=0)
-
-
-def test_grey_images_get_a_tint():
-    operation = next(operation for operation in OPERATIONS if operation.__name__ == "_hue_and_saturation")
-    changed = operation(torch.full((3, 4, 4), 0.5), [1.0, 1.0, 0.5])
-    assert changed.amax(0).sub(changed.amin(0)).min() > 0.05
-
-
-def test_there_are_ten_operations_of_which_an_image_gets_three():
-    assert len(OPERATIONS) == 10
-    calls = []
-    recorders = tuple(
-        lambda image, strength, number=number: calls.append((number, tuple(strength))) or image for number in range(10)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic_anomalies, "OPERATIONS", recorders)
-        change_appearance(some_images(200, (4, 4)), seeded())
-    numbers = np.array([number for number, _ in calls]).reshape(200, 3)
-    assert all(len(set(row)) == 3 for row in numbers.tolist())
-    assert np.bincount(numbers.ravel(), minlength=10).min() > 30  # 60 expected of each
-    assert len({strength for _, strength in calls}) == 600
 
 
 def test_blend_is_a_mixture_inside_and_nothing_outside():
