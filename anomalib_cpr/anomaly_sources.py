@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .augmentation import device_generator
+from .augmentation import device_generator, hand_over
 
 TEXTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 # At 320x320 pixels room for 873 textures. DTD has 5640; what does not fit is decoded again.
@@ -96,7 +96,7 @@ class TextureFolder:
         textures = [self._load(index, size) for index in chosen]
         if not textures:
             return torch.empty((0, 3, *size), device=device)
-        return torch.stack(textures).to(device).float().div_(255)
+        return hand_over(torch.stack(textures), device).float().div_(255)
 
     def _load(self, index: int, size: tuple[int, int]) -> Tensor:
         """Texture of shape ``(3, height, width)``, uint8, from memory or from its file."""
@@ -175,7 +175,7 @@ class ProceduralTextures:
         for kind, draw in enumerate(PATTERNS):
             chosen = (kinds == kind).nonzero().flatten()
             if len(chosen):
-                where = chosen.to(device)
+                where = hand_over(chosen, device)
                 pattern[where] = draw(u[where], v[where], noise[where, 0], generator)
         # -1..1, from soft to nearly two-valued.
         hardness = 8**hardness

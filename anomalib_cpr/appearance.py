@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms import v2
 
+from .augmentation import hand_over
+
 OPERATIONS_PER_IMAGE = 3
 
 # Takes images (count, 3, height, width) in 0..1 and for each three numbers in 0..1 that set its strength, (count, 3).
@@ -33,15 +35,16 @@ def change_appearance(
     """
     available = OPERATIONS if operations is None else operations
     chosen = torch.rand((len(images), len(available)), generator=generator).argsort(1)[:, :OPERATIONS_PER_IMAGE]
-    strengths = torch.rand((len(images), OPERATIONS_PER_IMAGE, 3), generator=generator).to(images)
+    strengths = torch.rand((len(images), OPERATIONS_PER_IMAGE, 3), generator=generator)
+    strengths = hand_over(strengths, images.device).to(images.dtype)
     for turn in range(OPERATIONS_PER_IMAGE):
         # Images of one operation are changed together: on a GPU the number of calls is what takes time.
         kinds, order = chosen[:, turn].sort(stable=True)
         kinds, sizes = kinds.unique_consecutive(return_counts=True)
-        where, parts = order.to(images.device), sizes.tolist()
+        where, parts = hand_over(order, images.device), sizes.tolist()
         groups = zip(kinds.tolist(), images[where].split(parts), strengths[where, turn].split(parts), strict=True)
         changed = [available[kind](group, strength).clamp(0, 1) for kind, group, strength in groups]
-        images = torch.cat(changed)[order.argsort().to(images.device)]
+        images = torch.cat(changed)[hand_over(order.argsort(), images.device)]
     return images
 
 

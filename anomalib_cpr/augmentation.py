@@ -31,6 +31,19 @@ def device_generator(generator: torch.Generator, device: torch.device) -> torch.
     return torch.Generator(device).manual_seed(seed)
 
 
+def hand_over(choices: Tensor, device: torch.device) -> Tensor:
+    """Bring choices made on the CPU to a device, without waiting until it has done all that came before.
+
+    Args:
+        choices (Tensor): On the CPU.
+        device (torch.device): Where they are needed.
+
+    Returns:
+        Tensor: On the device.
+    """
+    return choices.to(device, non_blocking=True)
+
+
 def salt_and_pepper(images: Tensor, signal_share: Tensor, generator: torch.Generator) -> Tensor:
     """Turn a random share of the pixels black or white, all channels of a pixel together.
 
@@ -89,12 +102,12 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     chosen = (noisy < NOISE_PROBABILITY).nonzero().flatten()
     if len(chosen):
         signal_share = LEAST_SIGNAL_SHARE + (1 - LEAST_SIGNAL_SHARE) * share[chosen]
-        where = chosen.to(device)
+        where = hand_over(chosen, device)
         noise = device_generator(generator, device)
-        images[where] = salt_and_pepper(images[where], signal_share.to(device), noise)
+        images[where] = salt_and_pepper(images[where], hand_over(signal_share, device), noise)
     chosen = (lighter < LIGHTNESS_PROBABILITY).nonzero().flatten()
     if len(chosen):
         factor = 1 + LIGHTNESS_CHANGE * (2 * change[chosen] - 1)
-        where = chosen.to(device)
-        images[where] = change_lightness(images[where], factor.to(device))
+        where = hand_over(chosen, device)
+        images[where] = change_lightness(images[where], hand_over(factor, device))
     return images

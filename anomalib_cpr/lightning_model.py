@@ -4,6 +4,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from .ranks import (
     share_output_folder,
 )
 from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
+from .recorded_backbone import Backbone, record
 from .reference_bank import BankDtype
 from .resume_point import ResumePoint
 from .scoring import PAPER_SIGMA, SIGMA, Scorer
@@ -230,8 +232,7 @@ class Cpr(AnomalibModule):
                 bank_on_host=bank_on_host,
                 bank_file=bank_file,
             )
-        self._choose_windows, self._loose = window_sizes is None, False
-        self._default_blur = blur_sigma is None
+        self._choose_windows, self._default_blur, self._loose = window_sizes is None, blur_sigma is None, False
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.rotations = tuple(rotations)
@@ -261,6 +262,7 @@ class Cpr(AnomalibModule):
         self._trained_on: int | None = None
         self._synthesise: SyntheticAnomalyGenerator | None = None
         self._pairs_ahead: PairsAhead | None = None
+        self._backbone: Backbone | None = None
         self._plan: StepPlan | None = None
         self._before_step: tuple[int, list[Tensor]] | None = None
         self._batch_size = 0
@@ -623,8 +625,12 @@ class Cpr(AnomalibModule):
     # --- steps
 
     def on_train_start(self) -> None:
-        """Centre the descriptors, and start the clock of the steps."""
+        """Centre the descriptors, record the backbone, and start the clock of the steps."""
         self._centre_descriptors()
+        assert self._training_data is not None  # noqa: S101 - narrows the type
+        shape = (2 * self._batch_size, 3, *self._training_data.images.size)
+        precision = training_autocast(self.training_precision, self.device)
+        self._backbone = record(partial(frozen_features, self.model), shape, self.device, precision)
         self._step_log = StepLog(self._plan.steps if self._plan else None, self.trainer.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
@@ -686,7 +692,7 @@ class Cpr(AnomalibModule):
         """
         assert self._training_data is not None  # noqa: S101 - narrows the type
         with training_autocast(self.training_precision, self.device):
-            return training_loss(self.model, self._training_data, images, generator)
+            return training_loss(self.model, self._training_data, images, generator, backbone=self._backbone)
 
     @property
     def _running_statistics(self) -> list[Tensor]:
@@ -883,7 +889,7 @@ class Cpr(AnomalibModule):
             source = self.trainer.fit_loop._data_source  # noqa: SLF001
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
         self._given_by_user = self._training_data = self._synthesise = self._described = self._step_log = None
-        self._known = self._before_step = None
+        self._known = self._before_step = self._backbone = None
 
     # --- evaluation
 

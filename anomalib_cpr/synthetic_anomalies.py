@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .anomaly_sources import AnomalySource, ProceduralTextures, TextureFolder
 from .appearance import change_appearance, rotate
+from .augmentation import hand_over
 from .components import keep_components
 
 LARGEST_EXPONENT = 5
@@ -96,7 +97,7 @@ class SyntheticAnomalyGenerator(nn.Module):
             images.device,
         )
         chosen = masks.flatten(1).any(1).cpu().nonzero().flatten()
-        where = chosen.to(images.device)
+        where = hand_over(chosen, images.device)
         if not len(chosen):
             return images.clone(), masks
 
@@ -104,7 +105,7 @@ class SyntheticAnomalyGenerator(nn.Module):
         sources = self._draw_sources(good, kind[chosen] < self.structure_probability, generator)
         opacity = self.blend[0] + (self.blend[1] - self.blend[0]) * opacity[chosen]
         images = images.clone()
-        images[where] = blend(good, sources, masks[where], opacity.to(images.device))
+        images[where] = blend(good, sources, masks[where], hand_over(opacity, images.device))
         return images, masks
 
     def _draw_sources(self, images: Tensor, structure: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,12 +115,13 @@ class SyntheticAnomalyGenerator(nn.Module):
         chosen = structure.logical_not().nonzero().flatten()
         if len(chosen):
             textures = self.textures.sample(len(chosen), size, generator, images.device)
-            sources[chosen.to(images.device)] = textures.to(images.dtype)
+            sources[hand_over(chosen, images.device)] = textures.to(images.dtype)
         chosen = structure.nonzero().flatten()
         if len(chosen):
-            changed = change_appearance(images[chosen.to(images.device)], generator)
+            where = hand_over(chosen, images.device)
+            changed = change_appearance(images[where], generator)
             order = torch.rand((len(chosen), TILES * TILES), generator=generator).argsort(1)
-            sources[chosen.to(images.device)] = shuffle_tiles(changed, order.to(images.device))
+            sources[where] = shuffle_tiles(changed, hand_over(order, images.device))
         return sources
 
 
@@ -167,7 +169,7 @@ def draw_masks(
     for _ in range(MAXIMUM_TRIES):
         if not len(pending):
             break
-        where = pending.to(masks.device)
+        where = hand_over(pending, masks.device)
         candidates = draw_noise(len(pending), size, generator, device) > THRESHOLD
         masks[where] = keep_components(candidates, None if foreground is None else foreground[where], minimum_area)
         pending = pending[~masks[where].flatten(1).any(1).cpu()]
@@ -192,8 +194,9 @@ def draw_noise(
     cells = 2 ** torch.randint(LARGEST_EXPONENT + 1, (count, 2), generator=generator)
     angles = 2 * math.pi * torch.rand((count, lattice, lattice), generator=generator)
     degrees = LARGEST_ROTATION * (2 * torch.rand(count, generator=generator) - 1)
-    noise = perlin_noise(angles.to(device), cells.to(device), max(size))
-    return rotate(noise[:, None], degrees.to(device), size)[:, 0]
+    device = angles.device if device is None else device
+    noise = perlin_noise(hand_over(angles, device), hand_over(cells, device), max(size))
+    return rotate(noise[:, None], hand_over(degrees, device), size)[:, 0]
 
 
 def perlin_noise(angles: Tensor, cells: Tensor, side: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.profiler import record_function
 
-from .augmentation import augment, device_generator
+from .augmentation import augment, device_generator, hand_over
 from .foreground import sharpen
 from .kinds import Kind
 from .loss import metric_loss, remote_weights
@@ -89,7 +89,7 @@ def draw_image_pairs(
     rank = torch.randint(data.neighbours.shape[1], (batch_size,), generator=generator)
     matched = data.neighbours[chosen, rank]
 
-    own = foregrounds[chosen.to(device)] if data.kind == "object" else None
+    own = foregrounds[hand_over(chosen, device)] if data.kind == "object" else None
     with record_function(SYNTHESIS):
         queries, anomalies = synthesise(tidy(data.images.take(chosen, device)), own, generator)
     if data.known is not None:
@@ -103,7 +103,7 @@ def draw_image_pairs(
         queries, anomalies = data.known.paste(queries, anomalies, generator)
     weights = None
     if own is not None:
-        both = torch.maximum(sharpen(own), sharpen(foregrounds[matched.to(device)]))
+        both = torch.maximum(sharpen(own), sharpen(foregrounds[hand_over(matched, device)]))
         weights = F.interpolate(both, data.images.size, mode="bilinear")
     with record_function(AUGMENTATION):
         queries = tidy(augment(tidy(queries), generator))
@@ -114,7 +114,7 @@ def draw_image_pairs(
 class PairsAhead:
     """Draws the pairs of the next step while a GPU computes this one.
 
-    Which anomalies stay is decided on the CPU, and without this the GPU would wait for it, and then the CPU for the
+    Which anomalies stay is asked for on the CPU, and without this the GPU would wait for that, and then the CPU for the
     GPU. The pairs depend only on the numbers of the step, so they are the same as without.
 
     Args:
@@ -202,6 +202,8 @@ def training_loss(
     images: ImagePairs,
     generator: torch.Generator,
     count: int = POSITIONS_PER_KIND,
+    *,
+    backbone: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare the patches of a batch of image pairs.
 
@@ -211,6 +213,8 @@ def training_loss(
         images (ImagePairs): The batch.
         generator (torch.Generator): On the CPU.
         count (int): Pairs of patches of each kind per pair of images.
+        backbone (Callable[[Tensor], list[Tensor]] | None): Gives F1 and F2 of normalised images; None means
+            :func:`frozen_features`.
 
     Returns:
         tuple[Tensor, Tensor]: Loss of the positives and of the negatives, each summed over the scales.
@@ -227,7 +231,8 @@ def training_loss(
     positions = torch.cat([pairs.query, pairs.reference])
     # Queries and references pass the heads as one batch: batch normalisation sees both.
     with record_function(BACKBONE):
-        features = frozen_features(model, data.images.normalize(torch.cat([images.queries, images.references])))
+        both = data.images.normalize(torch.cat([images.queries, images.references]))
+        features = frozen_features(model, both) if backbone is None else backbone(both)
     positive = negative = torch.zeros((), device=positions.device)
     for head, scale in zip(model.heads, features, strict=True):
         with record_function(HEADS):

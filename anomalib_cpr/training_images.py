@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from .augmentation import hand_over
 from .memory import available_bytes, scarcity
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class TrainingImages:
         self.paths = list(paths)
         self.copies = copies
         self._normalize = normalize
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         """Number of images."""
@@ -54,7 +56,14 @@ class TrainingImages:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise images as the pre-processor does: ``(batch, 3, height, width)`` in 0..1 to the same shape."""
-        return images if self._normalize is None else self._normalize(images)
+        if self._normalize is None:
+            return images
+        # As v2.Normalize, which brings mean and deviation to a GPU in each call, and waits there for all work at hand.
+        if images.device not in self._statistics:
+            mean, deviation = torch.tensor([self._normalize.mean, self._normalize.std], device=images.device)
+            self._statistics[images.device] = (mean[:, None, None], deviation[:, None, None])
+        mean, deviation = self._statistics[images.device]
+        return images.sub(mean).div_(deviation)
 
     def to_device(self, device: torch.device) -> None:
         """Move the images to where the steps take them from, if they leave most of its memory free.
@@ -68,7 +77,7 @@ class TrainingImages:
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
         """Images in 0..1 on a device, ``(len(indices), 3, height, width)``."""
-        return self.images[indices].to(device)
+        return self.images[indices if self.images.device.type == "cpu" else hand_over(indices, device)].to(device)
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """All images in order, normalised, ``(batch, 3, height, width)`` each."""
