@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .metric_head import read_at
+from .bilinear import read_cells
 from .pairs import PatchPairs
 
 POSITIVE_MARGIN = 0.8
@@ -44,8 +44,10 @@ def remote_weights(query_features: Tensor, reference_features: Tensor, pairs: Pa
     """
     remote = slice(pairs.count, 2 * pairs.count)
     with torch.no_grad():
-        query = read_at(query_features.float(), pairs.query[:, remote])
-        reference = read_at(reference_features.float(), pairs.reference[:, remote])
+        cells, weights = (part[:, remote] for part in pairs.cells(*query_features.shape[-2:]))
+        batch = len(query_features)
+        query = read_cells(query_features, cells[:batch], weights[:batch])
+        reference = read_cells(reference_features, cells[batch:], weights[batch:])
         valid = pairs.valid[:, remote].float()
         distance = (query - reference).square().sum(1) * valid
         return distance / (distance.sum(1, keepdim=True) + 1e-7) * valid.sum(1, keepdim=True)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models.inception import BasicConv2d
 
+from .bilinear import read_cells
+
 HIDDEN_CHANNELS = 192
 BLOCK_CHANNELS = 256
 
@@ -125,15 +127,16 @@ class MetricHead(nn.Sequential):
                 norm.momentum = momentum
         cast("Tensor", cast("nn.Conv2d", self[-1]).bias).sub_(mean)
 
-    def describe_at(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Descriptors read bilinearly at positions, without their length normalised, as training compares them.
+    def describe_at(self, features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+        """Descriptors read bilinearly, without their length normalised, as training compares them.
 
         The last layer is linear, so it commutes with bilinear reading: it is evaluated at the positions only, which
         saves a third of the head's work. Its bias is weighted by the share of the reading that lies inside the image.
 
         Args:
             features (Tensor): Frozen features of shape ``(batch, in_channels, height, width)``.
-            positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1.
+            cells (Tensor): Where, from :func:`.bilinear.bilinear_cells`, ``(batch, count, 4)``.
+            weights (Tensor): From the same.
 
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, count)``.
@@ -142,31 +145,8 @@ class MetricHead(nn.Sequential):
         hidden = features
         for layer in first:
             hidden = layer(hidden)
-        cells, weights = bilinear_cells(positions, hidden.shape[-2], hidden.shape[-1])
         weight, bias = last.weight.flatten(1), cast("Tensor", last.bias)[:, None]
-        return torch.matmul(weight, _weighted_sum(hidden, cells, weights)) + bias * weights.sum(-1)[:, None]
-
-
-def bilinear_cells(positions: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The four cells around each position, and how much each counts.
-
-    Args:
-        positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1, where -1 and 1 are the outer edges.
-        height (int): Of the feature map, in cells.
-        width (int): Of the feature map, in cells.
-
-    Returns:
-        tuple[Tensor, Tensor]: Indices ``row * width + column`` and weights, ``(batch, count, 4)`` each. Cells outside
-            the map weigh 0.
-    """
-    # Always float32: in half precision a position is only known to a twentieth of a cell.
-    positions = positions.float()
-    x, y = (positions[..., 0] + 1) * width / 2 - 0.5, (positions[..., 1] + 1) * height / 2 - 0.5
-    left, top = x.floor(), y.floor()
-    columns, rows = torch.stack([left, left + 1, left, left + 1], -1), torch.stack([top, top, top + 1, top + 1], -1)
-    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    weights = (1 - (x[..., None] - columns).abs()) * (1 - (y[..., None] - rows).abs()) * inside
-    return rows.long().clamp(0, height - 1) * width + columns.long().clamp(0, width - 1), weights
+        return torch.matmul(weight, read_cells(hidden, cells, weights)) + bias * weights.sum(-1)[:, None]
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -177,27 +157,3 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
     if convolution.bias is not None:
         bias = bias + convolution.bias * factor
     return convolution.weight * factor[:, None, None, None], bias
-
-
-def read_at(features: Tensor, positions: Tensor) -> Tensor:
-    """Read a feature map bilinearly.
-
-    Args:
-        features (Tensor): Of shape ``(batch, channels, height, width)``.
-        positions (Tensor): Of shape ``(batch, count, 2)``, x and y in -1..1, where -1 and 1 are the outer edges.
-
-    Returns:
-        Tensor: Of shape ``(batch, channels, count)``.
-    """
-    return _weighted_sum(features, *bilinear_cells(positions, features.shape[-2], features.shape[-1]))
-
-
-def _weighted_sum(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
-    """Sum over weighted cells: ``(batch, channels, height, width)`` to ``(batch, channels, count)``, float32."""
-    batch, channels, height, width = features.shape
-    # A weighted sum of rows of a table gives what F.grid_sample gives with zero padding, but its gradient takes a third
-    # of the time and keeps the memory layout of the features.
-    table = features.float().permute(0, 2, 3, 1).reshape(batch * height * width, channels)
-    cells = cells + height * width * torch.arange(batch, device=cells.device)[:, None, None]
-    read = F.embedding_bag(cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
-    return read.view(batch, -1, channels).transpose(1, 2)

@@ -7,14 +7,20 @@ Source: CPR (arXiv 2308.06748), section IV, with the values of the authors' code
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from .bilinear import bilinear_cells
 
 POSITIONS_PER_KIND = 300
 # Pixels; 4 is the stride of the first scale, 3 its window. Nearer places may legitimately match.
 REMOTE_DISTANCE = 4 * (3 // 2) * math.sqrt(2)
+# Pixels from an anomaly within which a normal place lies at its boundary: two cells of the first scale, one of the
+# second. What is learned there is where an anomaly ends.
+BOUNDARY_DISTANCE = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,22 @@ class PatchPairs:
     reference: Tensor
     valid: Tensor
     count: int
+    _cells: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def cells(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Where all positions lie on a feature map, first those of the queries, then those of the references.
+
+        Args:
+            height (int): Of the map, in cells.
+            width (int): Of the map, in cells.
+
+        Returns:
+            tuple[Tensor, Tensor]: Indices and weights, see :func:`.bilinear.bilinear_cells`,
+                ``(2 * batch, 3 * count, 4)`` each.
+        """
+        if (height, width) not in self._cells:  # asked for by the heads and by the loss
+            self._cells[height, width] = bilinear_cells(torch.cat([self.query, self.reference]), height, width)
+        return self._cells[height, width]
 
 
 def draw_without_replacement(weights: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -66,6 +88,7 @@ def sample_patch_pairs(
     *,
     remote: bool,
     count: int = POSITIONS_PER_KIND,
+    boundary_weight: float = 1.0,
 ) -> PatchPairs:
     """Choose the patches to compare.
 
@@ -75,6 +98,8 @@ def sample_patch_pairs(
         generator (torch.Generator): On the device of the masks.
         remote (bool): Draw remote negatives (the paper does for objects, not for textures).
         count (int): Pairs of each kind and image.
+        boundary_weight (float): How many times as likely a normal pixel at the boundary of an anomaly is drawn for a
+            positive pair. The paper does not ask where it lies: 1.
 
     Returns:
         PatchPairs: Positions and which of them are real.
@@ -84,6 +109,10 @@ def sample_patch_pairs(
     normal_weights = (~inside).float() if weights is None else weights.flatten(1).float() * ~inside
     normal, normal_valid = draw_without_replacement(normal_weights, 2 * count, generator)
     anomalous, anomalous_valid = draw_without_replacement(inside.float(), count, generator)
+    positive, positive_valid = normal[:, :count], normal_valid[:, :count]
+    if boundary_weight != 1:
+        likelier = 1 + (boundary_weight - 1) * near_anomalies(anomalies).flatten(1)
+        positive, positive_valid = draw_without_replacement(normal_weights * likelier, count, generator)
 
     # Twice as many candidates as needed, because some fall too near to each other.
     elsewhere = torch.randint(height * width, normal.shape, generator=generator, device=normal.device)
@@ -92,15 +121,29 @@ def sample_patch_pairs(
     far = normal_valid & (down.square() + right.square() > REMOTE_DISTANCE**2) & remote
     first = far.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
-    query = torch.cat([normal[:, :count], elsewhere.gather(1, first), anomalous], dim=1)
-    reference = torch.cat([normal[:, :count], normal.gather(1, first), anomalous], dim=1)
-    valid = torch.cat([normal_valid[:, :count], far.gather(1, first), anomalous_valid], dim=1)
+    query = torch.cat([positive, elsewhere.gather(1, first), anomalous], dim=1)
+    reference = torch.cat([positive, normal.gather(1, first), anomalous], dim=1)
+    valid = torch.cat([positive_valid, far.gather(1, first), anomalous_valid], dim=1)
     return PatchPairs(
         query=_to_positions(query, height, width),
         reference=_to_positions(reference, height, width),
         valid=valid,
         count=count,
     )
+
+
+def near_anomalies(anomalies: Tensor) -> Tensor:
+    """Which pixels have an anomaly within 8 pixels along rows and columns, or lie in one.
+
+    Args:
+        anomalies (Tensor): Masks, bool, ``(batch, 1, height, width)``.
+
+    Returns:
+        Tensor: Same shape, float: 1 or 0.
+    """
+    side, reach = 2 * BOUNDARY_DISTANCE + 1, BOUNDARY_DISTANCE
+    wide = F.max_pool2d(anomalies.float(), (1, side), stride=1, padding=(0, reach))
+    return F.max_pool2d(wide, (side, 1), stride=1, padding=(reach, 0))
 
 
 def _to_positions(indices: Tensor, height: int, width: int) -> Tensor:

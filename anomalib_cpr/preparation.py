@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .feature_extractor import STRIDES
 from .foreground import Discriminant, border_and_centre, fit_discriminant
+from .k_means import refine
 from .torch_model import CprModel
 
 SAMPLES = 50_000
@@ -57,7 +58,11 @@ def collect_samples(
 
 
 def cluster_centres(
-    features: np.ndarray, clusters: int, seed: int, backend: ClusteringBackend = "sklearn"
+    features: np.ndarray,
+    clusters: int,
+    seed: int,
+    backend: ClusteringBackend = "sklearn",
+    device: torch.device | None = None,
 ) -> np.ndarray:
     """K-means with 10 restarts, as the authors run it.
 
@@ -66,6 +71,8 @@ def cluster_centres(
         clusters (int): Number of centres.
         seed (int): Of the restarts.
         backend (Literal["sklearn", "faiss"]): Library. They differ in how they start, and so in the centres.
+        device (torch.device | None): On a CUDA device, what scikit-learn starts is computed there, with the same
+            centres but for rounding. None means the CPU.
 
     Returns:
         np.ndarray: Centres of shape ``(clusters, channels)``. Where there are fewer distinct features than clusters,
@@ -80,23 +87,30 @@ def cluster_centres(
     with threadpool_limits(limits=1):
         if backend == "faiss":
             return _faiss_centres(features, clusters, seed)
-        return _sklearn_centres(features, clusters, seed, threads)
+        return _sklearn_centres(features, clusters, seed, threads, device)
 
 
-def _sklearn_centres(features: np.ndarray, clusters: int, seed: int, threads: int) -> np.ndarray:
+def _sklearn_centres(
+    features: np.ndarray, clusters: int, seed: int, threads: int, device: torch.device | None = None
+) -> np.ndarray:
     """What ``KMeans(clusters, n_init=10)`` does, but for its restarts side by side, each in one thread."""
     mean = features.mean(axis=0)
     centred = features - mean
     random = np.random.RandomState(seed % 2**32)
     starts = [kmeans_plusplus(centred, clusters, random_state=random)[0] for _ in range(RESTARTS)]
 
-    def refine(start: np.ndarray) -> KMeans:
+    if device is not None and device.type == "cuda":
+        best = refine(*(torch.from_numpy(array).to(device, torch.float64) for array in (centred, np.stack(starts))))
+        if best is not None:
+            return (best.cpu().numpy() + mean).astype(np.float32)
+
+    def refine_one(start: np.ndarray) -> KMeans:
         with threadpool_limits(limits=1, user_api="openmp"):  # OpenMP's limit is each thread's own
             return KMeans(clusters, init=start, n_init=1).fit(centred)
 
     with ThreadPoolExecutor(min(RESTARTS, threads)) as pool:
-        best = min(pool.map(refine, starts), key=lambda found: found.inertia_)
-    return (best.cluster_centers_ + mean).astype(np.float32)
+        least = min(pool.map(refine_one, starts), key=lambda found: found.inertia_)
+    return (least.cluster_centers_ + mean).astype(np.float32)
 
 
 def _faiss_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -128,7 +142,10 @@ def _faiss_centres(features: np.ndarray, clusters: int, seed: int) -> np.ndarray
 
 
 def estimate_foreground(
-    samples: dict[str, np.ndarray], seed: int, backend: ClusteringBackend = "sklearn"
+    samples: dict[str, np.ndarray],
+    seed: int,
+    backend: ClusteringBackend = "sklearn",
+    device: torch.device | None = None,
 ) -> Discriminant | None:
     """Learn to tell foreground from background.
 
@@ -136,6 +153,7 @@ def estimate_foreground(
         samples (dict[str, np.ndarray]): From :func:`collect_samples`.
         seed (int): Of the clustering.
         backend (Literal["sklearn", "faiss"]): Of the clustering.
+        device (torch.device | None): Of the clustering.
 
     Returns:
         Discriminant | None: None if the border of the images looks like their middle.
@@ -148,7 +166,7 @@ def estimate_foreground(
             samples["inner_ring"],
             samples["centre"],
             samples["anywhere"],
-            cluster_centres(samples["anywhere"], 2, seed, backend),
+            cluster_centres(samples["anywhere"], 2, seed, backend, device),
         )
 
 

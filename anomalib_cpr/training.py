@@ -203,6 +203,7 @@ def training_loss(
     generator: torch.Generator,
     count: int = POSITIONS_PER_KIND,
     *,
+    boundary_weight: float = 1.0,
     backbone: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare the patches of a batch of image pairs.
@@ -213,6 +214,7 @@ def training_loss(
         images (ImagePairs): The batch.
         generator (torch.Generator): On the CPU.
         count (int): Pairs of patches of each kind per pair of images.
+        boundary_weight (float): How many times as likely a positive pair lies at the boundary of an anomaly.
         backbone (Callable[[Tensor], list[Tensor]] | None): Gives F1 and F2 of normalised images; None means
             :func:`frozen_features`.
 
@@ -227,16 +229,16 @@ def training_loss(
             device_generator(generator, images.queries.device),
             remote=data.kind == "object",
             count=count,
+            boundary_weight=boundary_weight,
         )
-    positions = torch.cat([pairs.query, pairs.reference])
     # Queries and references pass the heads as one batch: batch normalisation sees both.
     with record_function(BACKBONE):
         both = data.images.normalize(torch.cat([images.queries, images.references]))
         features = frozen_features(model, both) if backbone is None else backbone(both)
-    positive = negative = torch.zeros((), device=positions.device)
+    positive = negative = torch.zeros((), device=images.queries.device)
     for head, scale in zip(model.heads, features, strict=True):
         with record_function(HEADS):
-            query, reference = head.describe_at(scale, positions).split(batch)
+            query, reference = head.describe_at(scale, *pairs.cells(*scale.shape[-2:])).split(batch)
         with record_function(PAIRS):
             weights = remote_weights(scale[:batch], scale[batch:], pairs)
             scale_positive, scale_negative = metric_loss(query, reference, pairs, weights)

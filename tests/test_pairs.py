@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from anomalib_cpr.pairs import REMOTE_DISTANCE, draw_without_replacement, sample_patch_pairs
+from anomalib_cpr.bilinear import bilinear_cells
+from anomalib_cpr.pairs import (
+    BOUNDARY_DISTANCE,
+    REMOTE_DISTANCE,
+    draw_without_replacement,
+    near_anomalies,
+    sample_patch_pairs,
+)
 
 
 def to_pixels(positions, height, width):
@@ -88,3 +95,65 @@ def test_same_generator_state_gives_the_same_pairs(masks):
     a, b = (sample_patch_pairs(masks, None, torch.Generator().manual_seed(5), remote=True) for _ in range(2))
     assert torch.equal(a.query, b.query)
     assert torch.equal(a.reference, b.reference)
+
+
+def test_near_anomalies_against_a_loop():
+    masks = torch.rand((2, 1, 30, 45), generator=torch.Generator().manual_seed(0)) < 0.003
+    found = near_anomalies(masks)
+    reach = BOUNDARY_DISTANCE
+    for image in range(2):
+        for row in range(30):
+            for column in range(45):
+                rows = slice(max(0, row - reach), row + reach + 1)
+                columns = slice(max(0, column - reach), column + reach + 1)
+                assert found[image, 0, row, column] == masks[image, 0, rows, columns].any()
+
+
+def near_share(pairs, mask, kind):
+    x, y = to_pixels(pairs.query[0, kind], 100, 100)
+    return near_anomalies(mask)[0, 0, y, x].mean().item()
+
+
+def test_boundaries_are_drawn_as_often_as_asked():
+    mask = torch.zeros(1, 1, 100, 100, dtype=torch.bool)
+    mask[..., 40:60, 40:60] = True
+    boundary, elsewhere = 36**2 - 20**2, 100**2 - 36**2
+    for weight in (1, 4):
+        counts = [
+            near_share(
+                sample_patch_pairs(
+                    mask, None, torch.Generator().manual_seed(seed), remote=True, count=50, boundary_weight=weight
+                ),
+                mask,
+                slice(0, 50),
+            )
+            for seed in range(200)
+        ]
+        expected = weight * boundary / (weight * boundary + elsewhere)
+        assert sum(counts) / len(counts) == pytest.approx(expected, abs=0.015)
+
+
+def test_boundaries_change_nothing_but_the_positives(masks):
+    plain, other = (
+        sample_patch_pairs(masks, None, torch.Generator().manual_seed(0), remote=True, count=50, boundary_weight=weight)
+        for weight in (1, 4)
+    )
+    for kind in ("query", "reference", "valid"):
+        anomalous = slice(100, 150)
+        assert torch.equal(getattr(plain, kind)[:, anomalous], getattr(other, kind)[:, anomalous])
+    positive = slice(0, 50)
+    assert torch.equal(other.query[:, positive], other.reference[:, positive])
+    assert other.valid[:, positive].all()
+    x, y = to_pixels(other.query[:, positive], 64, 48)
+    for image in range(3):
+        assert not masks[image, 0, y[image], x[image]].any()
+
+
+def test_cells_are_those_of_queries_and_references(masks):
+    pairs = sample_patch_pairs(masks, None, torch.Generator().manual_seed(5), remote=True, count=10)
+    for size in ((16, 12), (8, 6), (16, 12)):
+        cells, weights = pairs.cells(*size)
+        for positions, own in ((pairs.query, slice(0, 3)), (pairs.reference, slice(3, 6))):
+            expected_cells, expected_weights = bilinear_cells(positions, *size)
+            assert torch.equal(cells[own], expected_cells)
+            assert torch.equal(weights[own], expected_weights)
