@@ -20,8 +20,11 @@ def keep_components(masks: Tensor, foreground: Tensor | None, minimum_area: floa
     Returns:
         Tensor: Bool, same shape and device; the same on a CPU and on a GPU.
     """
-    one_by_one = masks.device.type == "cpu"
-    return (keep_one_by_one if one_by_one else keep_all_at_once)(masks, foreground, minimum_area)
+    if masks.device.type == "cuda":
+        return keep_all_at_once(masks, foreground, minimum_area)
+    # Not every device knows what the other way needs.
+    kept = keep_one_by_one(masks.cpu(), None if foreground is None else foreground.cpu(), minimum_area)
+    return kept.to(masks.device)
 
 
 def keep_all_at_once(masks: Tensor, foreground: Tensor | None, minimum_area: float) -> Tensor:

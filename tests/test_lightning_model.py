@@ -54,7 +54,7 @@ class Spy(Callback):
 def test_whole_round(engine, tiny_model, tiny_datamodule, tmp_path):
     """Fit, validate, test, predict; the checkpoint gives the same predictions in a fresh model."""
     spy = Spy()
-    model, own = tiny_model(), engine(max_epochs=1, callbacks=[spy])
+    model, own = tiny_model(), engine(max_epochs=1, callbacks=[spy], log_every_n_steps=1)
     own.fit(model, datamodule=tiny_datamodule)
     assert spy.steps == 3, "6 images in batches of 2"
     assert {"train_loss", "train_loss_positive", "train_loss_negative"} <= set(spy.logged)
