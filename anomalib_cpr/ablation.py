@@ -245,7 +245,7 @@ VARIANTS = {
     "likely positives count more": Variant(
         patches={"remote_weights": LIKELY_POSITIVES.remote_weights, "metric_loss": LIKELY_POSITIVES.metric_loss}
     ),
-    "all normal places alike, as the paper": Variant({"boundary_weight": 1.0}),
+    "boundaries of anomalies 4 times as often": Variant({"boundary_weight": 4.0}),
     "boundaries of anomalies 9 times as often": Variant({"boundary_weight": 9.0}),
     "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),
     "8 known defects": Variant({"known_anomalies": 8}),

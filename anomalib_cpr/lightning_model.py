@@ -126,7 +126,7 @@ class Cpr(AnomalibModule):
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
         boundary_weight (float): How many times as often a normal place within 8 pixels of a synthetic anomaly is
-            compared as elsewhere, so that anomalies are outlined more closely; the paper's is 1.
+            compared as elsewhere. The paper's is 1; 4 outlines defects more closely on some data.
         centred_start (bool): Begin with descriptors whose mean over some training images is 0; the paper does not.
         eight_bit_training (bool): Round the colours of training pairs to 8 bits, as the paper's image files did.
         training_precision (Literal["auto", "float32", "bfloat16"]): Of backbone and heads in training steps; codebook,
@@ -183,7 +183,7 @@ class Cpr(AnomalibModule):
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
-        boundary_weight: float = 4.0,
+        boundary_weight: float = 1.0,
         centred_start: bool = True,
         eight_bit_training: bool = False,
         training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
