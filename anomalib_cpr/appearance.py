@@ -74,13 +74,14 @@ def change_hue_and_saturation(images: Tensor, hue: Tensor, saturation: Tensor) -
     return highest * (1 - saturated * direction)
 
 
-def rotate(images: Tensor, degrees: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn images around their centre and cut out the middle; outside there is 0.
+def rotate(images: Tensor, degrees: Tensor, size: tuple[int, int], outside: str = "zeros") -> Tensor:
+    """Turn images around their centre and cut out the middle.
 
     Args:
         images (Tensor): Of shape ``(count, channels, any height, any width)``.
         degrees (Tensor): Angles, ``(count,)``; positive ones turn counterclockwise.
         size (tuple[int, int]): Height and width of the middle, in pixels.
+        outside (str): What comes in at the corners: "zeros", or "reflection", the image mirrored at its edges.
 
     Returns:
         Tensor: Bilinear, ``(count, channels, height, width)``.
@@ -93,7 +94,7 @@ def rotate(images: Tensor, degrees: Tensor, size: tuple[int, int]) -> Tensor:
     down = [sine * (size[1] / height), cosine * (size[0] / height), zero]
     matrix = torch.stack(across + down, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, [len(images), 1, *size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=outside, align_corners=False)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 """The training images, each decoded once and kept in memory as the pre-processor leaves them."""
 
 import logging
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from .appearance import rotate
 from .augmentation import hand_over
 from .memory import available_bytes, scarcity
 
@@ -207,12 +206,8 @@ def turn(image: Tensor, degrees: float) -> Tensor:
     Returns:
         Tensor: Same shape.
     """
-    height, width = image.shape[-2:]
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # From the place in the turned image to that in the image, both in -1..1; y points down.
-    matrix = image.new_tensor([[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]])
-    grid = F.affine_grid(matrix[None], [1, 1, height, width], align_corners=False)
-    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
+    size = (image.shape[-2], image.shape[-1])
+    return rotate(image[None], image.new_tensor([degrees]), size, outside="reflection")[0]
 
 
 def read_colours(file: str | Path) -> Tensor:
