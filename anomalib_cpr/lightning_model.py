@@ -666,7 +666,7 @@ class Cpr(AnomalibModule):
         loss = positive + negative
         self.log("train_loss", loss, prog_bar=True, batch_size=self._batch_size)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (step + 1) % every == 0:  # others reach no logger, and each takes half a millisecond
+        if every and (step + 1) % every == 0:  # at others no logger takes them, and logging takes time
             self.log("train_loss_positive", positive, batch_size=self._batch_size)
             self.log("train_loss_negative", negative, batch_size=self._batch_size)
         return loss
@@ -1011,8 +1011,8 @@ def _check_training(training_steps: int | str | None, boundary_weight: float, ro
         raise ValueError(
             f"training_steps={training_steps!r}: must be at least 1, 'paper' for the paper's number, or None."
         )
-    if not boundary_weight > 0:
-        raise ValueError(f"boundary_weight={boundary_weight}: must be above 0; 1 prefers no place.")
+    if not 0 < boundary_weight < float("inf"):
+        raise ValueError(f"boundary_weight={boundary_weight}: must be a number above 0; 1 prefers no place.")
     if len({angle % 360 for angle in (0, *rotations)}) <= len(rotations):
         raise ValueError(f"rotations={list(rotations)}: expected angles in degrees, none twice and none of them 0.")
 

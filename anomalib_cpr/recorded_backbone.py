@@ -8,6 +8,7 @@ training have one shape.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,33 @@ logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.2  # of the free memory that a graph may keep: reference bank and heads need the rest
 Backbone = Callable[[Tensor], list[Tensor]]
+Result = TypeVar("Result")
+
+
+def record_graph(compute: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record a computation as a CUDA graph, so that one call starts all of its kernels.
+
+    Args:
+        compute (Callable[[], Result]): Reads only tensors that stay where they are.
+        device (torch.device): A CUDA device.
+
+    Returns:
+        tuple[torch.cuda.CUDAGraph, Result]: The graph, and what each replay computes anew.
+
+    Raises:
+        RuntimeError: If something in it cannot be recorded, or memory runs out.
+    """
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # libraries choose their algorithms in the first calls
+            compute()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Threads that watch over other devices may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = compute()
+    return graph, result
 
 
 class RecordedBackbone:
@@ -40,16 +68,7 @@ class RecordedBackbone:
             caches = torch.is_autocast_cache_enabled()
             torch.set_autocast_cache_enabled(False)  # converted weights would belong to the graph
             try:
-                aside = torch.cuda.Stream(device)
-                aside.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(aside):
-                    for _ in range(3):  # libraries choose their algorithms in the first calls
-                        backbone(self._images)
-                torch.cuda.current_stream(device).wait_stream(aside)
-                self._graph = torch.cuda.CUDAGraph()
-                # Threads that watch over other devices may go on meanwhile.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._features = backbone(self._images)
+                self._graph, self._features = record_graph(lambda: backbone(self._images), device)
             finally:
                 torch.set_autocast_cache_enabled(caches)
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .recorded_backbone import record_graph
 from .speed_models import FUSED, FUSED_ROWS, ROWS, NaiveCpr, Row, Setting, build, cpr_stages
 from .speed_report import STAGES, machine, plot
 from .torch_model import CprModel
@@ -253,15 +254,7 @@ def capture(model: CprModel, images: Tensor) -> Callable[[], Any]:
     Returns:
         Callable[[], Any]: Replays the graph and returns its (static) predictions.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(images)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        predictions = model(images)
+    graph, predictions = record_graph(lambda: model(images), images.device)
 
     def replay() -> Any:  # noqa: ANN401
         graph.replay()

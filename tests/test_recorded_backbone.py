@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from anomalib_cpr import recorded_backbone
 from anomalib_cpr.feature_extractor import FeatureExtractor
-from anomalib_cpr.recorded_backbone import record
+from anomalib_cpr.recorded_backbone import RecordedBackbone, record
 from anomalib_cpr.training import training_autocast
 
 SHAPE = (4, 3, 64, 96)
@@ -55,6 +55,53 @@ def test_a_recording_leaves_most_of_the_memory(pretend_gpu, kept, is_recorded):
     pretend_gpu(lambda *_: "recorded", 50, 50 + kept)
     found = record(backbone, SHAPE, torch.device("cuda"), nullcontext())
     assert found == ("recorded" if is_recorded else backbone)
+
+
+def test_a_recording_warms_up_and_is_replayed(monkeypatch):
+    """With stand-ins for streams and graphs: the order of calls, and that nothing but the replay computes."""
+    calls = []
+
+    class Stream:
+        def __init__(self, *_):
+            self.wait_stream = lambda _: calls.append("wait")
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextmanager
+    def graph(recorded, capture_error_mode):
+        assert isinstance(recorded, Graph)
+        assert capture_error_mode == "thread_local"
+        calls.append("begin")
+        yield
+        calls.append("end")
+
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    small = small_backbone()
+    backbone = RecordedBackbone(
+        lambda images: calls.append("compute") or small(images), torch.randn(SHAPE), nullcontext()
+    )
+    assert calls == ["wait", *3 * ["compute"], "wait", "begin", "compute", "end"]
+    calls.clear()
+    caches = torch.is_autocast_cache_enabled()
+    backbone(torch.randn(SHAPE))
+    assert calls == ["replay"]
+    assert torch.is_autocast_cache_enabled() == caches
+    calls.clear()
+    images = torch.randn(2, *SHAPE[1:])
+    for found, expected in zip(backbone(images), small(images), strict=True):
+        assert torch.equal(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.randn(SHAPE))
+    assert calls == ["compute", "compute"], "another shape, another precision"
 
 
 @pytest.mark.gpu
