@@ -2,7 +2,7 @@
 """Changes of the look of whole images: what synthetic anomalies of an image's own structure are made from.
 
 Source: DRAEM (arXiv 2108.07610), section 3.3, which CPR (arXiv 2308.06748, section IV) follows, with the values of
-CPR's code.
+CPR's code. Other colours alone are this project's.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +46,19 @@ def change_appearance(
         changed = [available[kind](group, strength).clamp(0, 1) for kind, group, strength in groups]
         images = torch.cat(changed)[hand_over(order.argsort(), images.device)]
     return images
+
+
+def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Change the colours of each image, from hardly to plainly, and nothing of its structure.
+
+    Args:
+        images (Tensor): RGB in 0..1, ``(batch, 3, height, width)``.
+        generator (torch.Generator): On the CPU; every choice comes from it.
+
+    Returns:
+        Tensor: Same shape, in 0..1.
+    """
+    return change_appearance(images, generator, COLOUR_OPERATIONS)
 
 
 def change_hue_and_saturation(images: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
@@ -161,3 +174,4 @@ PHOTOMETRIC_OPERATIONS: tuple[Operation, ...] = (
     _equalise,
 )
 OPERATIONS: tuple[Operation, ...] = (*PHOTOMETRIC_OPERATIONS, _turn)
+COLOUR_OPERATIONS: tuple[Operation, ...] = (_gamma, _brightness, _hue_and_saturation)

@@ -110,8 +110,8 @@ class Cpr(AnomalibModule):
             belongs to it: to load the checkpoint, name the file again, wherever it lies then.
         kind (Literal["object", "texture", "auto"]): Objects get a foreground estimate, textures do not. ``auto`` knows
             the categories of MVTec AD, BTAD and MVTec 3D-AD, and decides for other data from the training images.
-        rotations (Sequence[float]): Angles in degrees, by which turned copies join each training image, for parts that
-            lie at any angle. Memory and preparation grow in proportion, the time of a prediction does not.
+        rotations (Sequence[float] | None): Angles in degrees, by which turned copies join each training image, for
+            parts that lie at any angle. Memory and preparation grow in proportion, the time of a prediction does not.
         anomaly_source_path (str | Path | None): Folder of texture images (e.g. DTD) for synthetic anomalies. None
             draws procedural textures.
         known_anomalies (int | Sequence[int] | str | Path | None): A few real defects to learn from as well: a folder of
@@ -125,6 +125,8 @@ class Cpr(AnomalibModule):
         weight_decay (float): Of AdamW.
         learning_rate_schedule (Literal["cosine", "constant"]): The paper's is constant.
         warm_up_steps (int): Steps of linearly increasing learning rate, at most a tenth of the training.
+        recoloured_anomalies (float): Share of the synthetic anomalies that are the image itself in other colours. The
+            paper has none: 0. Some find defects that are wrong in nothing but their colour.
         boundary_weight (float): How many times as often a normal place within 8 pixels of a synthetic anomaly is
             compared as elsewhere. The paper's is 1; 4 outlines defects more closely on some data.
         centred_start (bool): Begin with descriptors whose mean over some training images is 0; the paper does not.
@@ -174,7 +176,7 @@ class Cpr(AnomalibModule):
         bank_on_host: bool = False,
         bank_file: str | Path | None = None,
         kind: Literal["object", "texture", "auto"] = "auto",
-        rotations: Sequence[float] = (),
+        rotations: Sequence[float] | None = None,
         anomaly_source_path: str | Path | None = None,
         known_anomalies: int | Sequence[int] | str | Path | None = None,
         known_anomaly_masks: str | Path | None = None,
@@ -183,6 +185,7 @@ class Cpr(AnomalibModule):
         weight_decay: float = 1e-2,
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
+        recoloured_anomalies: float = 0.3,
         boundary_weight: float = 1.0,
         centred_start: bool = True,
         eight_bit_training: bool = False,
@@ -210,7 +213,8 @@ class Cpr(AnomalibModule):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
-        _check_training(training_steps, boundary_weight, rotations)
+        rotations = tuple(rotations or ())
+        _check_training(training_steps, recoloured_anomalies, boundary_weight, rotations)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -233,7 +237,7 @@ class Cpr(AnomalibModule):
         self._choose_windows, self._default_blur, self._loose = window_sizes is None, blur_sigma is None, False
         self.clustering_backend = clustering_backend
         self.kind = kind
-        self.rotations = tuple(rotations)
+        self.rotations = rotations
         self.anomaly_source_path = anomaly_source_path
         self.known_anomalies = known_anomalies
         self.known_anomaly_masks = known_anomaly_masks
@@ -242,6 +246,7 @@ class Cpr(AnomalibModule):
         self.weight_decay = weight_decay
         self.learning_rate_schedule = learning_rate_schedule
         self.warm_up_steps = warm_up_steps
+        self.recoloured_anomalies = recoloured_anomalies
         self.boundary_weight = boundary_weight
         self.centred_start = centred_start
         self.eight_bit_training = eight_bit_training
@@ -408,7 +413,9 @@ class Cpr(AnomalibModule):
         if not resumed:
             self.resolved_kind = None if self.kind == "auto" else self.kind
         # What may be missing comes first, so that nobody waits for an error.
-        synthesise = self._synthesise = SyntheticAnomalyGenerator(self.anomaly_source_path)
+        synthesise = self._synthesise = SyntheticAnomalyGenerator(
+            self.anomaly_source_path, recoloured=self.recoloured_anomalies
+        )
         rank_zero_info(f"Backbone: {self.model.load_backbone_weights()}")
         loader = self._take_over_loader()
         self._batch_size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32)
@@ -1006,11 +1013,15 @@ class Cpr(AnomalibModule):
         return progress_bar(description, total, enabled=enabled)
 
 
-def _check_training(training_steps: int | str | None, boundary_weight: float, rotations: Sequence[float]) -> None:
+def _check_training(
+    training_steps: int | str | None, recoloured_anomalies: float, boundary_weight: float, rotations: Sequence[float]
+) -> None:
     if training_steps not in (None, "paper") and not (isinstance(training_steps, int) and training_steps >= 1):
         raise ValueError(
             f"training_steps={training_steps!r}: must be at least 1, 'paper' for the paper's number, or None."
         )
+    if not 0 <= recoloured_anomalies <= 1:
+        raise ValueError(f"recoloured_anomalies={recoloured_anomalies}: must be a share in 0..1.")
     if not 0 < boundary_weight < float("inf"):
         raise ValueError(f"boundary_weight={boundary_weight}: must be a number above 0; 1 prefers no place.")
     if len({angle % 360 for angle in (0, *rotations)}) <= len(rotations):

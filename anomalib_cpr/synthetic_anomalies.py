@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic anomalies: noise-shaped patches of foreign texture, or of the image's own structure in disorder.
 
+Or, which the paper does not have, of the image itself in other colours.
 Choices are made on the CPU, all else is computed on the device of the images, for all of them at once.
 Source: CPR (arXiv 2308.06748), section IV, and DRAEM (arXiv 2108.07610), section 3.3, with the values of CPR's code.
 """
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .anomaly_sources import AnomalySource, ProceduralTextures, TextureFolder
-from .appearance import change_appearance, rotate
+from .appearance import change_appearance, recolour, rotate
 from .augmentation import hand_over
 from .components import keep_components
 
@@ -33,10 +34,12 @@ class SyntheticAnomalyGenerator(nn.Module):
     Args:
         source_path (str | Path | None): Folder of texture images (e.g. DTD). None uses built-in textures.
         anomaly_probability (float): Share of images that get an anomaly, 0..1.
-        structure_probability (float): Share of anomalies made of the image itself instead of a texture, 0..1; the paper
-            uses 0.5 for objects and 0 for textures.
+        structure_probability (float): Share of anomalies made of the image in disorder instead of a texture, 0..1; the
+            paper uses 0.5 for objects and 0 for textures.
         blend (tuple[float, float]): Range of the opacity of an anomaly, 0..1.
         minimum_area (float): Smallest connected part of an anomaly, as a share of the image area, 0..1.
+        recoloured (float): Share of anomalies that are neither, but the image itself in other colours, 0..1. The paper
+            has none.
 
     Raises:
         ValueError: If a value is out of range, or the folder holds no images.
@@ -54,12 +57,14 @@ class SyntheticAnomalyGenerator(nn.Module):
         structure_probability: float = 0.5,
         blend: tuple[float, float] = (0.5, 1.0),
         minimum_area: float = 0.001,
+        recoloured: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (
             ("anomaly_probability", anomaly_probability),
             ("structure_probability", structure_probability),
             ("minimum_area", minimum_area),
+            ("recoloured", recoloured),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"Invalid {name}={value}; expected a number in 0..1.")
@@ -69,6 +74,7 @@ class SyntheticAnomalyGenerator(nn.Module):
         self.structure_probability = structure_probability
         self.blend = (float(blend[0]), float(blend[1]))
         self.minimum_area = minimum_area
+        self.recoloured = recoloured
         self.textures: AnomalySource = ProceduralTextures() if source_path is None else TextureFolder(source_path)
 
     @torch.no_grad()
@@ -109,20 +115,39 @@ class SyntheticAnomalyGenerator(nn.Module):
         return images, masks
 
     def _draw_sources(self, images: Tensor, structure: Tensor, generator: torch.Generator) -> Tensor:
-        """Textures, or the images in disorder where ``structure`` (``(batch,)``, CPU) says so."""
-        size = (images.shape[-2], images.shape[-1])
+        """What the anomalies are made of; ``structure`` (``(batch,)``, CPU): the image in disorder, not a texture."""
+        recoloured = torch.zeros_like(structure)
+        if self.recoloured:  # asked first, so that the paper's anomalies stay what they were, bit for bit
+            recoloured = torch.rand(len(images), generator=generator) < self.recoloured
         sources = torch.empty_like(images)
-        chosen = structure.logical_not().nonzero().flatten()
-        if len(chosen):
-            textures = self.textures.sample(len(chosen), size, generator, images.device)
-            sources[hand_over(chosen, images.device)] = textures.to(images.dtype)
-        chosen = structure.nonzero().flatten()
-        if len(chosen):
-            where = hand_over(chosen, images.device)
-            changed = change_appearance(images[where], generator)
-            order = torch.rand((len(chosen), TILES * TILES), generator=generator).argsort(1)
-            sources[where] = shuffle_tiles(changed, hand_over(order, images.device))
+        for chosen, draw in (
+            (~structure & ~recoloured, self._draw_textures),
+            (structure & ~recoloured, disorder),
+            (recoloured, recolour),
+        ):
+            if chosen.any():
+                where = hand_over(chosen.nonzero().flatten(), images.device)
+                sources[where] = draw(images[where], generator)
         return sources
+
+    def _draw_textures(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        size = (images.shape[-2], images.shape[-1])
+        return self.textures.sample(len(images), size, generator, images.device).to(images.dtype)
+
+
+def disorder(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Change the look of images and put 16x16 tiles of each into random order.
+
+    Args:
+        images (Tensor): RGB in 0..1, ``(batch, 3, height, width)``.
+        generator (torch.Generator): On the CPU; every choice comes from it.
+
+    Returns:
+        Tensor: Same shape, in 0..1.
+    """
+    changed = change_appearance(images, generator)
+    order = torch.rand((len(images), TILES * TILES), generator=generator).argsort(1)
+    return shuffle_tiles(changed, hand_over(order, images.device))
 
 
 def blend(images: Tensor, sources: Tensor, masks: Tensor, opacity: Tensor) -> Tensor:

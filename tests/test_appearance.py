@@ -12,6 +12,7 @@ from anomalib_cpr.appearance import (
     PHOTOMETRIC_OPERATIONS,
     change_appearance,
     change_hue_and_saturation,
+    recolour,
     rotate,
 )
 
@@ -165,3 +166,21 @@ def test_operations_follow_one_another_as_drawn():
         for turn in range(3):
             image = OPERATIONS[chosen[index, turn]](image, strengths[index, turn][None]).clamp(0, 1)
         torch.testing.assert_close(changed[index], image[0], atol=1e-6, rtol=0)
+
+
+def test_recolouring_keeps_what_has_one_colour_of_one_colour():
+    """It sees colours alone, not where they are: a map from colours to colours, another one for each image."""
+    colours = torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.4, 0.4, 0.4], [0.0, 0.0, 0.0]])
+    where = torch.randint(4, (40, 40), generator=seeded(2))
+    images = colours[where].permute(2, 0, 1).expand(6, -1, -1, -1)
+    changed = recolour(images, seeded())
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    for image in changed:
+        for colour in range(4):
+            of_one = image[:, where == colour]
+            torch.testing.assert_close(of_one, of_one[:, :1].expand_as(of_one), atol=1e-6, rtol=0)
+    assert (changed - images)[:, :, where < 3].abs().amax((1, 2)).min() > 0.01
+    assert len({tuple(image[:, 0, 0].tolist()) for image in changed}) == 6
+    assert torch.equal(changed, recolour(images, seeded()))

@@ -579,6 +579,8 @@ class TestBadInput:
             ({"clustering_backend": "scipy"}, "clustering_backend='scipy'"),
             ({"learning_rate_schedule": "linear"}, "learning_rate_schedule='linear'"),
             ({"training_steps": 0}, "training_steps=0"),
+            ({"recoloured_anomalies": -0.1}, r"recoloured_anomalies=-0\.1: must be a share in 0\.\.1"),
+            ({"recoloured_anomalies": float("nan")}, "recoloured_anomalies=nan"),
             ({"boundary_weight": 0}, "boundary_weight=0: must be a number above 0"),
             ({"boundary_weight": float("inf")}, "boundary_weight=inf"),
             ({"boundary_weight": float("nan")}, "boundary_weight=nan"),

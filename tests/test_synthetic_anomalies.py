@@ -218,6 +218,39 @@ def test_share_of_textures(structure_probability, expected):
     assert source.drawn / masks.flatten(1).any(1).sum().item() == pytest.approx(expected, abs=0.08)
 
 
+def test_recoloured_anomalies_are_the_image_in_other_colours():
+    """Where the image has one colour, so has each anomaly; a texture or shuffled tiles would bring others."""
+    images = torch.tensor([0.8, 0.5, 0.3]).view(1, 3, 1, 1).repeat(30, 1, 64, 64)
+    images[..., 32:] = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1)
+    generator = SyntheticAnomalyGenerator(anomaly_probability=1.0, recoloured=1.0)
+    changed, masks = generator(images, None, seeded())
+    differ = 0
+    for image, good, mask in zip(changed, images, masks[:, 0], strict=True):
+        for half in (slice(None, 32), slice(32, None)):
+            inside = mask[:, half]
+            if inside.any():
+                colours = image[:, :, half][:, inside]
+                torch.testing.assert_close(colours, colours[:, :1].expand_as(colours), atol=1e-5, rtol=0)
+                differ += bool((colours[:, 0] - good[:, 0, half][:, 0]).abs().max() > 0.01)
+    assert differ > 30
+
+
+def test_share_of_recoloured_anomalies():
+    images = torch.full((400, 3, 16, 16), 0.5)
+    generator = SyntheticAnomalyGenerator(
+        anomaly_probability=1.0, structure_probability=0.0, blend=(1.0, 1.0), recoloured=0.3
+    )
+
+    class Black:
+        def sample(self, count, size, generator, device):  # noqa: ARG002 - what a source takes
+            return torch.zeros((count, 3, *size), device=device)
+
+    generator.textures = Black()
+    changed, masks = generator(images, None, seeded())
+    black = (changed.amin((1, 2, 3)) == 0).sum().item()
+    assert black / masks.flatten(1).any(1).sum().item() == pytest.approx(0.7, abs=0.06)
+
+
 def test_repeats_under_the_generator_alone():
     images = some_images(6)
     fresh, used = SyntheticAnomalyGenerator(), SyntheticAnomalyGenerator()
@@ -287,6 +320,7 @@ def test_an_image_without_object_stays_normal_among_others():
         ({"anomaly_probability": 1.5}, r"anomaly_probability=1\.5"),
         ({"anomaly_probability": math.nan}, "anomaly_probability=nan"),
         ({"structure_probability": 2}, "structure_probability=2"),
+        ({"recoloured": 1.01}, r"recoloured=1\.01"),
         ({"minimum_area": -0.001}, r"minimum_area=-0\.001"),
         ({"minimum_area": 1.1}, r"minimum_area=1\.1"),
         ({"blend": (1.0, 0.5)}, r"blend=\(1\.0, 0\.5\).*smaller one first"),
