@@ -173,7 +173,7 @@ def measure(
             for bank, own_maps, own_scores in zip(banks, maps, scores, strict=True):
                 model.bank = bank
                 references, foregrounds = model.retrieve(features[0])
-                anomaly_map, score = model.scorer(model.match(queries, references), foregrounds, size)
+                anomaly_map, score = model.score(model.match(queries, references), foregrounds, images)
                 own_maps.append(anomaly_map.flatten().cpu())
                 own_scores.append(score.cpu())
     finally:

@@ -32,6 +32,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "held_out": (list,),
     "window_sizes": (list,),
     "blur_sigma": (int, float),
+    "follow_edges": (bool,),
     "training_paths": (list,),
 }
 
@@ -126,7 +127,7 @@ def _check_own_values(own: object, newest_format: int) -> None:
     odd = [
         f"{name} is {values[name]!r}"
         for name, types in OWN_VALUES.items()
-        if name in values and (not isinstance(values[name], types) or isinstance(values[name], bool))
+        if name in values and type(values[name]) not in types
     ]
     if odd:
         raise ValueError(f"The checkpoint is damaged: its {', '.join(odd)}.")

@@ -165,7 +165,7 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **{"window_sizes": WINDOWS, "blur_sigma": PAPER_SIGMA, **arguments},
+        **{"window_sizes": WINDOWS, "blur_sigma": PAPER_SIGMA, "follow_edges": False, **arguments},
     )
     take_over(model.model, weights)
     if not weights.backbone:

@@ -66,8 +66,9 @@ from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, c
 
 logger = logging.getLogger(__name__)
 
-# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4.
-CHECKPOINT_FORMAT = 4
+# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
+# up to 4 maps were smooth.
+CHECKPOINT_FORMAT = 5
 WINDOWS = (3, 1)
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
@@ -95,6 +96,9 @@ class Cpr(AnomalibModule):
             images look like loose parts and it finds weak synthetic anomalies on them at least as well.
         blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2 in a training, and that
             of its training for a checkpoint.
+        follow_edges (bool | None): Let the map follow the edges of the image in place of smoothing it, so that defects
+            are outlined more closely. Image scores are the same. None means yes in a training, and what its training
+            had for a checkpoint; the paper's map is smooth.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -168,6 +172,7 @@ class Cpr(AnomalibModule):
         k: int = 10,
         window_sizes: Sequence[int] | None = None,
         blur_sigma: float | None = None,
+        follow_edges: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -227,6 +232,7 @@ class Cpr(AnomalibModule):
                 k=k,
                 window_sizes=WINDOWS if window_sizes is None else window_sizes,
                 blur_sigma=SIGMA if blur_sigma is None else blur_sigma,
+                follow_edges=follow_edges is not False,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -234,7 +240,8 @@ class Cpr(AnomalibModule):
                 bank_on_host=bank_on_host,
                 bank_file=bank_file,
             )
-        self._choose_windows, self._default_blur, self._loose = window_sizes is None, blur_sigma is None, False
+        self._choose_windows, self._loose = window_sizes is None, False
+        self._default_blur, self._default_outlines = blur_sigma is None, follow_edges is None
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.rotations = rotations
@@ -257,8 +264,7 @@ class Cpr(AnomalibModule):
         self._given_seed = seed
         self.seed: int | None = None
         self.training_paths: list[str] = []
-        self.saves_bank, self.saves_alone = True, False
-        self.nothing_was_run = False
+        self.saves_bank, self.saves_alone, self.nothing_was_run = True, False, False
         self.held_out: list[str] = []
         self._known: tuple[Tensor, Tensor] | None = None
         self._training_data: TrainingData | None = None
@@ -802,6 +808,7 @@ class Cpr(AnomalibModule):
         # The thresholds in the checkpoint belong to these, also where a model that names none of its own loads it.
         checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
         checkpoint["cpr"]["blur_sigma"] = self.model.scorer.sigma
+        checkpoint["cpr"]["follow_edges"] = self.model.follow_edges
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -827,6 +834,8 @@ class Cpr(AnomalibModule):
             self.model.window_sizes = tuple(own.get("window_sizes", WINDOWS))
         if self._default_blur:
             self.model.scorer = Scorer(sigma=own.get("blur_sigma", PAPER_SIGMA)).to(self.device)
+        if self._default_outlines:
+            self.model.follow_edges = own.get("follow_edges", False)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from .outline import follow_edges
+
 TOP_SHARE = 512 / 320**2
 PAPER_SIGMA = 4.0
 # Half of the paper's blur gave drawn parts of 320 pixels 0.007 (gear), 0.000 (bracket) and 0.029 (fabric) more pixel
@@ -47,7 +49,9 @@ class Scorer(nn.Module):
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
-    def forward(self, distances: Sequence[Tensor], foregrounds: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, distances: Sequence[Tensor], foregrounds: Tensor, size: tuple[int, int], images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
         Args:
@@ -55,6 +59,8 @@ class Scorer(nn.Module):
                 ``(batch, 1, height_i, width_i)``.
             foregrounds (Tensor): Foregrounds of query and references, ``(batch, any number, height_0, width_0)``.
             size (tuple[int, int]): Height and width of the image, in pixels.
+            images (Tensor | None): The images, ``(batch, 3, height, width)``, for a map that follows their edges; None
+                for the paper's smooth map. The scores are those of the smooth map either way.
 
         Returns:
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
@@ -66,10 +72,10 @@ class Scorer(nn.Module):
         # The largest of the enlarged maps, as the authors do it; the largest, enlarged, is more between cells.
         foreground = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
         anomaly_map = F.interpolate(fused, size, mode="bilinear") * foreground
-        anomaly_map = self.blur(anomaly_map)
+        smooth = self.blur(anomaly_map)
         count = max(1, round(self.top_share * size[0] * size[1]))
-        top = anomaly_map.flatten(1).topk(count, dim=1, sorted=False).values
-        return anomaly_map, top.mean(1)
+        top = smooth.flatten(1).topk(count, dim=1, sorted=False).values
+        return smooth if images is None else follow_edges(anomaly_map, images), top.mean(1)
 
     def blur(self, image: Tensor) -> Tensor:
         """Gaussian blur, separable, mirrored at the borders; narrow images are extended by their edge instead."""

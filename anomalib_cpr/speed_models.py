@@ -88,7 +88,7 @@ class NaiveCpr(nn.Module):
             for query, gallery, window in zip(queries, galleries, model.window_sizes, strict=True)
         ]
         lap("matching")
-        anomaly_map, score = model.scorer(distances, foregrounds, images.shape[-2:])
+        anomaly_map, score = model.score(distances, foregrounds, images)
         lap("scoring")
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map), own
 
@@ -131,7 +131,7 @@ def cpr_stages(model: CprModel, images: Tensor, lap: Callable[[str], None]) -> I
     lap("retrieval")
     distances = model.match(queries, references)
     lap("matching")
-    anomaly_map, score = model.scorer(distances, foregrounds, images.shape[-2:])
+    anomaly_map, score = model.score(distances, foregrounds, images)
     lap("scoring")
     return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 

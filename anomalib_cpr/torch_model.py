@@ -37,6 +37,7 @@ class CprModel(nn.Module):
         window_sizes (Sequence[int]): Side of the matching window per scale, in cells, odd; 999 is the whole
             map, for parts that lie anywhere.
         blur_sigma (float): Of the Gaussian that smooths the map, in pixels.
+        follow_edges (bool): Let the map follow the edges of the image in place of smoothing it. Scores are the same.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the bank stores descriptors: 4, 2, 1 or half a
@@ -62,6 +63,7 @@ class CprModel(nn.Module):
         k: int = 10,
         window_sizes: Sequence[int] = (3, 1),
         blur_sigma: float = SIGMA,
+        follow_edges: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
         bank_dtype: BankDtype = "float32",
@@ -88,6 +90,7 @@ class CprModel(nn.Module):
         self.backbone_weights = backbone_weights
         self.k = k
         self.window_sizes = tuple(window_sizes)
+        self.follow_edges = follow_edges
         self.fused_matching = False  # set it to match with a Triton kernel; on a CUDA device only
 
         self.feature_extractor = FeatureExtractor(backbone, layers)
@@ -136,7 +139,7 @@ class CprModel(nn.Module):
         with full_precision(images.device):
             references, foregrounds = self.retrieve(features[0])
             distances = self.match(queries, references)
-            anomaly_map, score = self.scorer(distances, foregrounds, images.shape[-2:])
+            anomaly_map, score = self.score(distances, foregrounds, images)
         return InferenceBatch(
             pred_score=torch.maximum(score, unseen.amax((1, 2, 3))), anomaly_map=torch.maximum(anomaly_map, unseen)
         )
@@ -188,6 +191,19 @@ class CprModel(nn.Module):
                 queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
             )
         ]
+
+    def score(self, distances: Sequence[Tensor], foregrounds: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Anomaly map and image score.
+
+        Args:
+            distances (Sequence[Tensor]): Of each scale, ``(batch, 1, height_i, width_i)``.
+            foregrounds (Tensor): Of query and references, ``(batch, any number, height / 4, width / 4)``.
+            images (Tensor): Normalised images, ``(batch, 3, height, width)``.
+
+        Returns:
+            tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
+        """
+        return self.scorer(distances, foregrounds, images.shape[-2:], images if self.follow_edges else None)
 
     @torch.no_grad()
     def remember(

@@ -103,7 +103,7 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     torch.testing.assert_close(found.anomaly_map, prediction.anomaly_map[0, 0])
     # The parts that are drawn give the map that the model gives.
     foregrounds = torch.cat([found.foreground[None], found.reference_foregrounds])
-    again, score = model.scorer([m.distance[None, None] for m in found.matches], foregrounds[None], (64, 64))
+    again, score = model.score([m.distance[None, None] for m in found.matches], foregrounds[None], query[1])
     torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
     assert float(score) == pytest.approx(found.score, abs=1e-5)
 
@@ -263,7 +263,7 @@ def test_visualizer_explains_during_a_test(run, tmp_path):
 def test_a_bank_in_fewer_bytes_is_explained_as_it_predicts(run, query, dtype):
     module = Cpr.load_from_checkpoint(run[2], map_location="cpu", bank_dtype=dtype, evaluator=False).eval()
     found = explain(module.model, query[1])
-    again, _ = module.model.scorer(
-        [m.distance[None, None] for m in found.matches], foreground_in_use(found)[None, None], (64, 64)
+    again, _ = module.model.score(
+        [m.distance[None, None] for m in found.matches], foreground_in_use(found)[None, None], query[1]
     )
     torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-4, rtol=0)

@@ -158,18 +158,22 @@ def test_windows_are_chosen_for_loose_parts(
     assert overruled.model.window_sizes == (1, 1)
 
 
-def test_a_checkpoint_brings_its_windows_and_its_blur(engine, tiny_model, tiny_datamodule, tmp_path):
+def test_a_checkpoint_brings_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
     """To whoever names none: the threshold in it belongs to them. As do the authors' values to their checkpoints."""
-    engine(max_steps=1).fit(tiny_model(window_sizes=[5, 3], blur_sigma=4), datamodule=tiny_datamodule)
+    engine(max_steps=1).fit(
+        tiny_model(window_sizes=[5, 3], blur_sigma=4, follow_edges=False), datamodule=tiny_datamodule
+    )
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     model = tiny_model()
     engine().test(model, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
     assert model.model.window_sizes == (5, 3)
     assert model.model.scorer.kernel.numel() == 33
-    other = tiny_model(window_sizes=[1, 1], blur_sigma=1)
+    assert not model.model.follow_edges
+    other = tiny_model(window_sizes=[1, 1], blur_sigma=1, follow_edges=True)
     engine().test(other, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
     assert other.model.window_sizes == (1, 1)
     assert other.model.scorer.kernel.numel() == 9
+    assert other.model.follow_edges
 
 
 def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):

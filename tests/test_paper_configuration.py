@@ -21,6 +21,7 @@ def test_values_are_those_of_the_authors_code():
         "k": 10,
         "window_sizes": [3, 1],
         "blur_sigma": 4.0,
+        "follow_edges": False,
         "codebook_size": 12,
         "blocks": 5,
         "kind": "auto",

@@ -67,7 +67,11 @@ def test_any_configuration(set_up):
     assert result.pred_score.shape == (len(queries),)
     assert result.anomaly_map.isfinite().all()
     assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
-    assert (result.pred_score <= result.anomaly_map.flatten(1).amax(1) + 1e-6).all()
+    model.follow_edges = False
+    smooth = model(queries)
+    model.follow_edges = True
+    assert torch.equal(smooth.pred_score, result.pred_score)
+    assert (smooth.pred_score <= smooth.anomaly_map.flatten(1).amax(1) + 1e-6).all()
     # Each image by itself, and in any order.
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     permuted = model(queries[order])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cpr.outline import follow_edges
 from anomalib_cpr.scoring import Scorer
 
 
@@ -32,6 +33,19 @@ def test_map_and_score(size, sigma):
     anomaly_map, score = Scorer(sigma=sigma)(distances, foregrounds, size)
     assert torch.allclose(anomaly_map, expected_map, atol=1e-5)
     assert torch.allclose(score, expected_score.float(), atol=1e-5)
+
+
+def test_a_map_that_follows_the_image_has_the_same_scores():
+    generator = torch.Generator().manual_seed(0)
+    distances = [2 * torch.rand(2, 1, side, side, generator=generator) for side in (16, 8)]
+    foregrounds, images = torch.ones(2, 1, 16, 16), torch.rand(2, 3, 64, 64, generator=generator)
+    smooth, scores = Scorer()(distances, foregrounds, (64, 64))
+    followed, same = Scorer()(distances, foregrounds, (64, 64), images)
+    assert torch.equal(scores, same)
+    assert (followed - smooth).abs().mean() > 0.01
+    cells = (distances[0] + F.interpolate(distances[1], (16, 16), mode="bilinear")) / 4
+    expected = follow_edges(F.interpolate(cells, (64, 64), mode="bilinear"), images)
+    torch.testing.assert_close(followed, expected)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 0.0), (2.0, 1.0)])

@@ -3,6 +3,7 @@ import torch
 from conftest import TINY_BACKBONE
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cpr.outline import follow_edges
 from anomalib_cpr.preparation import describe_globally
 from anomalib_cpr.torch_model import CprModel
 
@@ -29,7 +30,10 @@ def test_cascade_against_a_plain_one(images):
     """The whole method once more, image by image, written down as the paper says it."""
     model = make_model(images)
     queries = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    followed = model(queries)
+    model.follow_edges = False
     result = model(queries)
+    assert torch.equal(followed.pred_score, result.pred_score)
     references = [_describe(model, image[None]) for image in images]
     for index, query in enumerate(queries):
         histogram, foreground, descriptors = _describe(model, query[None])
@@ -48,6 +52,7 @@ def test_cascade_against_a_plain_one(images):
         masks = [foreground, *[references[i][1] for i in order]]
         mask = torch.stack([F.interpolate(one, (64, 96), mode="bilinear") for one in masks]).amax(0)
         pixels = F.interpolate(total, (64, 96), mode="bilinear") * mask
+        torch.testing.assert_close(followed.anomaly_map[index], follow_edges(pixels, query[None])[0])
         expected = _blur(pixels)
         assert torch.allclose(result.anomaly_map[index], expected[0], atol=1e-5)
         assert result.pred_score[index].item() == pytest.approx(
