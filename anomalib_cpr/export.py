@@ -25,7 +25,7 @@ ONE_FILE_LIMIT = 2**31 - 2**27
 OPSET = 18  # the exporter's own; asked for another, it makes this one and tries to convert it
 DESCRIPTORS = "bank.descriptors"
 NETWORKS = ("feature_extractor", "metric_heads")
-REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Unsqueeze", "Subtract")
+REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Unsqueeze", "Subtract", "Divide")
 FULL_PRECISION = "precise_0"  # OpenVINO's name for "infer in the original precision" in the information at run time
 
 
@@ -201,7 +201,8 @@ def _settle(model: "ov.Model") -> None:
     """Write operations as OpenVINO's CPU plugin would rewrite them, because its own rewriting forgets the precision.
 
     Pad, MaxPool and Interpolate in the versions that the plugin executes, Unsqueeze as Reshape, and x subtracted from
-    a number as -x plus that number, both as large as x (scalars would make yet another operation of it).
+    a number as -x plus that number, both as large as x (scalars would make yet another operation of it). Differences and
+    quotients of maps as sums and products.
     """
     from openvino import opset1  # noqa: PLC0415 - optional
     from openvino.utils.node_factory import NodeFactory  # noqa: PLC0415 - optional
@@ -228,10 +229,24 @@ def _settle(model: "ov.Model") -> None:
         elif kind == "Subtract" and _is_scalar(inputs[0]) and -1 not in shape[1:]:
             value = np.full(shape[1:], inputs[0].get_node().data.item(), np.float32)
             new = opset1.add(opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)), value)
+        elif kind == "Subtract" and _is_map(operation):
+            new = opset1.add(inputs[0], opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)))
+        elif kind == "Divide" and _is_map(operation):
+            new = opset1.multiply(inputs[0], opset1.power(inputs[1], np.full(shape[1:], -1, np.float32)))
         else:
             continue
         new.set_friendly_name(operation.get_friendly_name())
         operation.output(0).replace(new.output(0))
+
+
+def _is_map(operation: Any) -> bool:  # noqa: ANN401 - openvino.Node
+    """Whether it combines two computed maps, of a known size, into one."""
+    shape = operation.get_output_partial_shape(0)
+    computed = all(value.get_node().get_type_name() != "Constant" for value in operation.input_values())
+    known = (
+        shape.rank.is_static and shape.rank.get_length() == 4 and not any(side.is_dynamic for side in list(shape)[1:])
+    )
+    return computed and known and operation.get_element_type().is_real()
 
 
 def _is_scalar(value: Any) -> bool:  # noqa: ANN401 - openvino.Output
