@@ -201,8 +201,8 @@ def _settle(model: "ov.Model") -> None:
     """Write operations as OpenVINO's CPU plugin would rewrite them, because its own rewriting forgets the precision.
 
     Pad, MaxPool and Interpolate in the versions that the plugin executes, Unsqueeze as Reshape, and x subtracted from
-    a number as -x plus that number, both as large as x (scalars would make yet another operation of it). Differences and
-    quotients of maps as sums and products.
+    a number as -x plus that number, both as large as x (scalars would make yet another operation of it). Differences
+    and quotients of maps as sums and products.
     """
     from openvino import opset1  # noqa: PLC0415 - optional
     from openvino.utils.node_factory import NodeFactory  # noqa: PLC0415 - optional
@@ -243,10 +243,8 @@ def _is_map(operation: Any) -> bool:  # noqa: ANN401 - openvino.Node
     """Whether it combines two computed maps, of a known size, into one."""
     shape = operation.get_output_partial_shape(0)
     computed = all(value.get_node().get_type_name() != "Constant" for value in operation.input_values())
-    known = (
-        shape.rank.is_static and shape.rank.get_length() == 4 and not any(side.is_dynamic for side in list(shape)[1:])
-    )
-    return computed and known and operation.get_element_type().is_real()
+    is_map = shape.rank.is_static and shape.rank.get_length() == 4 and operation.get_element_type().is_real()
+    return computed and is_map and not any(side.is_dynamic for side in list(shape)[1:])
 
 
 def _is_scalar(value: Any) -> bool:  # noqa: ANN401 - openvino.Output
