@@ -329,7 +329,7 @@ def _follow(
     """Follow a hot pixel to the cells and matches that made it hot."""
     fine, weight = matches[0].distance, torch.maximum(foreground, reference_foregrounds.amax(0))
     coarse = F.interpolate(matches[1].distance[None, None], fine.shape, mode="bilinear")[0, 0]
-    # The map is blurred: its peak lies within two cells of the cell that contributes most.
+    # The map is smoothed or follows edges: its peak lies within two cells of the cell that contributes most.
     row, column = pixel[0] // 4, pixel[1] // 4
     top, left = max(0, row - 2), max(0, column - 2)
     nearby = ((fine + coarse) * weight)[top : row + 3, left : column + 3]

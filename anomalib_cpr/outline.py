@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-# Chosen on drawn parts of 320 pixels (results/outlines): sides of 8 and 16 pixels, and 0.01, gave as much or up to a
-# point less of pixel AP, as did neighbourhoods of 5 and 17 pixels.
+# Chosen on drawn parts of 320 pixels (results/outlines.json): sides of 8 and 16 pixels, and 0.01, gave as much or up to
+# a point less of pixel AP, as did neighbourhoods of 5 and 17 pixels.
 SIDE = 12
 STRIDE = 4
 SMOOTHNESS = 0.03
