@@ -246,7 +246,7 @@ VARIANTS = {
         patches={"remote_weights": LIKELY_POSITIVES.remote_weights, "metric_loss": LIKELY_POSITIVES.metric_loss}
     ),
     "no recoloured anomalies, as the paper": Variant({"recoloured_anomalies": 0.0}),
-    "half of the anomalies recoloured": Variant({"recoloured_anomalies": 0.5}),
+    "30 % of the anomalies recoloured": Variant({"recoloured_anomalies": 0.3}),
     "boundaries of anomalies 4 times as often": Variant({"boundary_weight": 4.0}),
     "boundaries of anomalies 9 times as often": Variant({"boundary_weight": 9.0}),
     "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),

@@ -176,6 +176,30 @@ def test_a_checkpoint_brings_its_windows_its_blur_and_its_outlines(engine, tiny_
     assert other.model.follow_edges
 
 
+@pytest.mark.parametrize(
+    ("kind", "loose", "given", "expected"),
+    [
+        ("texture", False, None, 0.3),
+        ("object", False, None, 0.0),
+        ("object", True, None, 0.3),
+        ("object", False, 0.6, 0.6),
+        ("texture", True, 0.0, 0.0),
+    ],
+)
+def test_share_of_recoloured_anomalies(engine, tiny_model, tiny_datamodule, monkeypatch, kind, loose, given, expected):
+    seen = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append((trainer.global_step, pl_module._synthesise.recoloured))
+
+    monkeypatch.setattr(Cpr, "_looks_loose", lambda *_: loose)
+    monkeypatch.setattr(Cpr, "_decide_on_windows", lambda *_: None)
+    model = tiny_model(kind=kind, recoloured_anomalies=given)
+    engine(max_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)
+    assert seen == [(0, expected)]
+
+
 def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):
     monkeypatch.setattr(lightning_model, "looseness", None)
     engine(max_steps=1, limit_val_batches=0).fit(tiny_model(), datamodule=tiny_datamodule)
