@@ -240,10 +240,11 @@ def _settle(model: "ov.Model") -> None:
 
 
 def _is_map(operation: Any) -> bool:  # noqa: ANN401 - openvino.Node
-    """Whether it combines two computed maps, of a known size, into one."""
+    """Whether it combines two computed maps, of a known size, into one. Compressed kernels are float16."""
     shape = operation.get_output_partial_shape(0)
     computed = all(value.get_node().get_type_name() != "Constant" for value in operation.input_values())
-    is_map = shape.rank.is_static and shape.rank.get_length() == 4 and operation.get_element_type().is_real()
+    is_map = shape.rank.is_static and shape.rank.get_length() == 4
+    is_map = is_map and operation.get_element_type().to_string() == "f32"
     return computed and is_map and not any(side.is_dynamic for side in list(shape)[1:])
 
 
