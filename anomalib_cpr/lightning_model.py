@@ -222,8 +222,8 @@ class Cpr(AnomalibModule):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
-        rotations = tuple(rotations or ())
-        _check_training(training_steps, recoloured_anomalies, boundary_weight, rotations)
+        self.rotations = tuple(rotations or ())
+        _check_training(training_steps, recoloured_anomalies, boundary_weight, self.rotations)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -248,7 +248,6 @@ class Cpr(AnomalibModule):
         self._default_blur, self._default_outlines = blur_sigma is None, follow_edges is None
         self.clustering_backend = clustering_backend
         self.kind = kind
-        self.rotations = rotations
         self.anomaly_source_path = anomaly_source_path
         self.known_anomalies = known_anomalies
         self.known_anomaly_masks = known_anomaly_masks
@@ -268,7 +267,8 @@ class Cpr(AnomalibModule):
         self._given_seed = seed
         self.seed: int | None = None
         self.training_paths: list[str] = []
-        self.saves_bank, self.saves_alone, self.nothing_was_run = True, False, False
+        self.saves_bank, self.saves_alone = True, False
+        self.nothing_was_run = False
         self.held_out: list[str] = []
         self._known: tuple[Tensor, Tensor] | None = None
         self._training_data: TrainingData | None = None

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from .bilinear import bilinear_cells
+from .outline import largest_within
 
 POSITIONS_PER_KIND = 300
 # Pixels; 4 is the stride of the first scale, 3 its window. Nearer places may legitimately match.
@@ -141,9 +141,7 @@ def near_anomalies(anomalies: Tensor) -> Tensor:
     Returns:
         Tensor: Same shape, float: 1 or 0.
     """
-    side, reach = 2 * BOUNDARY_DISTANCE + 1, BOUNDARY_DISTANCE
-    wide = F.max_pool2d(anomalies.float(), (1, side), stride=1, padding=(0, reach))
-    return F.max_pool2d(wide, (side, 1), stride=1, padding=(reach, 0))
+    return largest_within(anomalies.float(), BOUNDARY_DISTANCE)
 
 
 def _to_positions(indices: Tensor, height: int, width: int) -> Tensor:
