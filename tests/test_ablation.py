@@ -19,7 +19,7 @@ def ablation(*arguments, folder):
 def test_runs_and_table(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     variants = ["reference", "likely positives count more", "8 known defects"]
-    size = ["--steps", 1, "--batch-size", 2, "--image-size", 64, "--held-out", 8]
+    size = ["--steps", 1, "--batch-size", 2, "--image-size", 64, "--held-out", 8, "--precision", "float32"]
     output = ablation("run", *size, "--categories", "gear", "--variants", *variants, folder=tmp_path)
     assert len([line for line in output.splitlines() if line.startswith("{")]) == 3
     files = sorted((tmp_path / "results" / "ablation").glob("*.json"))
@@ -27,6 +27,7 @@ def test_runs_and_table(tmp_path, monkeypatch):
     row = json.loads(files[0].read_text())
     assert row["variant"] == "8 known defects"
     assert row["held_out"] == 8
+    assert row["training_precision"] == "float32"
     assert 0 <= row["pixel_AP"] <= 1
     assert "whole_test_set" not in row, "it was trained on some of it"
     other = json.loads(files[2].read_text())
