@@ -30,6 +30,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "kind": (str, type(None)),
     "training_images": (int, type(None)),
     "held_out": (list,),
+    "k": (int,),
     "window_sizes": (list,),
     "blur_sigma": (int, float),
     "follow_edges": (bool,),
@@ -136,6 +137,8 @@ def _check_own_values(own: object, newest_format: int) -> None:
     windows = values.get("window_sizes", [1, 1])
     if len(windows) != 2 or not all(type(side) is int and side > 0 and side % 2 for side in windows):
         raise ValueError(f"The checkpoint is damaged: its window_sizes are {windows!r}, not two odd numbers.")
+    if values.get("k", 1) < 1:
+        raise ValueError(f"The checkpoint is damaged: its k is {values['k']}, not 1 or more.")
     if not 0 < values.get("blur_sigma", 1) < math.inf:
         raise ValueError(f"The checkpoint is damaged: its blur_sigma is {values['blur_sigma']!r}, not above 0.")
     if not 1 <= values.get("format", 1) <= newest_format:

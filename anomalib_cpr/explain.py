@@ -32,6 +32,7 @@ LEAST_SHARE = 0.4
 USUAL = 1.5
 # Training images among which the usual distance to the nearest neighbour is looked up.
 SURVEYED = 512
+EVERYWHERE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -257,18 +258,23 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     )
 
 
-def stored_descriptors(model: CprModel, scale: int, images: Tensor) -> Tensor:
+def stored_descriptors(
+    model: CprModel, scale: int, images: Tensor, rows: slice = EVERYWHERE, columns: slice = EVERYWHERE
+) -> Tensor:
     """Descriptors of some images of the gallery, whatever type they are stored in.
 
     Args:
         model (CprModel): The fitted model.
         scale (int): 0 for stride 4, 1 for stride 8.
         images (Tensor): Indices of shape ``(count,)``.
+        rows (slice): Cells that are wanted; all of them, of 80 images, are a lot to copy.
+        columns (slice): The same.
 
     Returns:
         Tensor: Float32, ``(count, channels, height, width)``, on the device of the indices.
     """
-    held, factors = model.bank.descriptors[scale], model.bank.scales[scale]
+    held, factors = model.bank.descriptors[scale][..., rows, columns], model.bank.scales[scale]
+    factors = None if factors is None else factors[..., rows, columns]
     chosen = images.to(held.device)
     return restore(held[chosen], None if factors is None else factors[chosen], model.bank.channels).to(images.device)
 
@@ -366,9 +372,9 @@ def _distances_on_good_parts(
     rows = slice(max(0, row - radius), row + radius + 1)
     columns = slice(max(0, column - radius), column + radius + 1)
     found = []
-    own = stored_descriptors(model, level, references)[:, :, row, column]
+    own = stored_descriptors(model, level, references, slice(row, row + 1), slice(column, column + 1))[..., 0, 0]
     for patch, others in zip(own, neighbours, strict=True):
-        window_cells = stored_descriptors(model, level, others)[:, :, rows, columns]
+        window_cells = stored_descriptors(model, level, others, rows, columns)
         found.append(float((1 - torch.einsum("c,kchw->khw", patch, window_cells).max()).clamp(0, 2)))
     return found
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of an explanation, and the visualizer that draws it during ``anomalib test``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ LEGEND = (
 )
 # Side of the square that is shown enlarged, as a share of the image.
 CROP = 0.16
+SHOWN_REFERENCES = 10
 
 
 def draw_explanation(
@@ -69,9 +70,10 @@ def draw_explanation(
             4, 1, height_ratios=[4.1, 2.1, 1.25, 2.0], left=0.015, right=0.973, top=0.925, bottom=0.06, hspace=0.25
         )
         words = colours_of_words(codebook if codebook is not None else torch.eye(int(explanation.words.max()) + 1))
-        query, references = _draw_search(figure, parts[0], explanation, colours, pictures, mask)
+        shown = shown_references(explanation)
+        query, references = _draw_search(figure, parts[0], explanation, colours, pictures, mask, shown)
         _draw_maps(figure, parts[1], explanation, colours, mask, threshold)
-        _draw_words(figure, parts[2], explanation, pictures, words)
+        _draw_words(figure, parts[2], explanation, pictures, words, shown)
         _draw_patches(figure, parts[3], explanation, colours, pictures)
         _draw_lines(figure, query, references, explanation)
         head = f"{title}     image score {explanation.score:.3f}"
@@ -95,9 +97,26 @@ def save_explanation(
     save(draw_explanation(explanation, colours, pictures, **options), file)
 
 
+def shown_references(explanation: Explanation) -> list[int]:
+    """References that there is room for: those that hot patches match, and the most similar ones.
+
+    Args:
+        explanation (Explanation): From :func:`anomalib_cpr.explain.explain`.
+
+    Returns:
+        list[int]: Their ranks, from 0, in order.
+    """
+    matched = {scale.reference for patch in explanation.patches for scale in patch.scales}
+    others = [rank for rank in range(len(explanation.references)) if rank not in matched]
+    return sorted([*matched, *others[: max(0, SHOWN_REFERENCES - len(matched))]])
+
+
 def _summary(explanation: Explanation, pictures: Sequence[ReferencePicture]) -> str:
     nearer = f"{100 * explanation.unlike:.0f} % of the training images have a nearer neighbour than this image"
     text = f"References: {nearer if len(explanation.usual_distances) else 'nothing to compare their distance with'}"
+    shown, count = len(shown_references(explanation)), len(explanation.references)
+    if shown < count:
+        text += f"; {shown} of {count} references are shown"
     if explanation.unlike >= 0.99:
         text += " - nothing in the gallery looks like it"
     if any(not picture.as_trained for picture in pictures):
@@ -112,9 +131,10 @@ def _draw_search(
     colours: Tensor,
     pictures: Sequence[ReferencePicture],
     mask: Tensor | None,
-) -> tuple[Axes, list[Axes]]:
+    shown: Sequence[int],
+) -> tuple[Axes, dict[int, Axes]]:
     """Query on the left, references on the right."""
-    count = len(explanation.references)
+    count = len(shown)
     columns = max(1, -(-count // 2)) if count > 5 else max(count, 1)
     rows = -(-count // columns)
     grid = GridSpecFromSubplotSpec(1, 2, part, width_ratios=[1.0, 2.35], wspace=0.04)
@@ -123,11 +143,14 @@ def _draw_search(
     if mask is not None:
         outline(query, mask, "#ff3b30")
     tiles = GridSpecFromSubplotSpec(rows, columns, grid[1], wspace=0.05, hspace=0.16)
-    share = torch.bincount(torch.cat([match.reference.flatten() for match in explanation.matches]), minlength=count)
+    share = torch.bincount(
+        torch.cat([match.reference.flatten() for match in explanation.matches]), minlength=len(pictures)
+    )
     share = share / share.sum()
-    references = []
-    for rank, picture in enumerate(pictures):
-        axes = figure.add_subplot(tiles[rank // columns, rank % columns])
+    references = {}
+    for place, rank in enumerate(shown):
+        picture = pictures[rank]
+        axes = figure.add_subplot(tiles[place // columns, place % columns])
         if picture.colours is not None:
             show_colours(axes, picture.colours)
         else:
@@ -138,7 +161,7 @@ def _draw_search(
         warning = "" if picture.as_trained else " !"
         distance = explanation.histogram_distances[rank]
         axes.set_title(f"{rank + 1}: distance {distance:.2f}, gives {100 * share[rank]:.0f} %{warning}", fontsize=8)
-        references.append(axes)
+        references[rank] = axes
     return query, references
 
 
@@ -210,12 +233,13 @@ def _draw_words(
     explanation: Explanation,
     pictures: Sequence[ReferencePicture],
     words: Any,  # noqa: ANN401 - a colour map
+    shown: Sequence[int],
 ) -> None:
     """Word maps of query and references, by which the references were retrieved."""
-    grid = GridSpecFromSubplotSpec(1, 1 + len(pictures), part, wspace=0.08)
+    grid = GridSpecFromSubplotSpec(1, 1 + len(shown), part, wspace=0.08)
     show_words(figure.add_subplot(grid[0]), explanation.words, words, "Visual words: query")
-    for rank, picture in enumerate(pictures):
-        axes = figure.add_subplot(grid[rank + 1])
+    for place, rank in enumerate(shown, start=1):
+        axes, picture = figure.add_subplot(grid[place]), pictures[rank]
         if picture.words is not None:
             show_words(axes, picture.words, words, f"reference {rank + 1}")
         else:
@@ -293,7 +317,7 @@ def _draw_dots(axes: Axes, patch: HotPatch, largest: float, colour: str) -> None
     axes.tick_params(labelsize=6, pad=1, length=2)
 
 
-def _draw_lines(figure: Figure, query: Axes, references: Sequence[Axes], explanation: Explanation) -> None:
+def _draw_lines(figure: Figure, query: Axes, references: Mapping[int, Axes], explanation: Explanation) -> None:
     """From every hot patch to its match: at stride 4 a full line, at stride 8 a dotted one."""
     for number, patch in enumerate(explanation.patches):
         colour = MARKS[number % len(MARKS)]

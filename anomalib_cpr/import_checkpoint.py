@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .checkpoint_check import is_finite
-from .lightning_model import IMAGE_SIZE, WINDOWS, Cpr
+from .lightning_model import IMAGE_SIZE, USUAL_MATCHING, Cpr
 from .scoring import PAPER_SIGMA
 from .torch_model import CprModel
 
@@ -165,7 +165,7 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **{"window_sizes": WINDOWS, "blur_sigma": PAPER_SIGMA, "follow_edges": False, **arguments},
+        **{**USUAL_MATCHING._asdict(), "blur_sigma": PAPER_SIGMA, "follow_edges": False, **arguments},
     )
     take_over(model.model, weights)
     if not weights.backbone:

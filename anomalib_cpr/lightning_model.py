@@ -30,7 +30,7 @@ from .export import OPSET, compress_weights, fits_one_file, keep_full_precision,
 from .feature_extractor import STRIDES, checked_size
 from .file_check import FileCheck
 from .kinds import DEFAULT_STEPS, PAPER_STEPS, Kind, kind_from_features, known_kind
-from .matching import WHOLE_MAP
+from .matching_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, Matching, candidates, choose, compare_matchings
 from .memory import ON_HOST, SMALLER_BANK, is_out_of_memory, scarcity
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import StepLog, progress_bar, stage
@@ -62,14 +62,13 @@ from .training import (
 )
 from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
 from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_steps, remaining_batches, step_generator
-from .window_choice import ASKED_IMAGES, SMALL_AREA, WEAK_OPACITY, candidates, choose, compare_windows
 
 logger = logging.getLogger(__name__)
 
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
-# up to 4 maps were smooth.
-CHECKPOINT_FORMAT = 5
-WINDOWS = (3, 1)
+# up to 4 maps were smooth; up to 5 nothing was said of the number of references.
+CHECKPOINT_FORMAT = 6
+USUAL_MATCHING = Matching(10, (3, 1))  # the paper's
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
 # Drawn tablets gained 0.025 and 0.039 pixel AP, a fabric 0.046 and nothing; a gear and a bracket lost 0.004 to 0.028
@@ -93,10 +92,12 @@ class Cpr(AnomalibModule):
         backbone_weights (str | Path | None): File with the backbone's weights (a state dict of the timm network), for
             machines without internet. None asks timm's hub, its cache first.
         descriptor_channels (int): Channels of the descriptors: 384 in the paper, 64 and 16 in its fast variants.
-        k (int): Number of references. More than there are training images means all of them.
+        k (int | None): Number of references. More than there are training images means all of them. None takes the
+            paper's 10, or up to 80 where these let weak synthetic anomalies on good images stand out clearly more, as
+            with parts that come turned or loose. A prediction takes longer with them.
         window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
             whole map, for parts that lie anywhere. None takes the paper's 3 and 1, or the whole map where the training
-            images look like loose parts and it finds weak synthetic anomalies on them at least as well.
+            images look like loose parts and it lets weak synthetic anomalies stand out most.
         blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2 in a training, and that
             of its training for a checkpoint.
         follow_edges (bool | None): Let the map follow the edges of the image in place of smoothing it, so that defects
@@ -173,7 +174,7 @@ class Cpr(AnomalibModule):
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         descriptor_channels: int = 384,
-        k: int = 10,
+        k: int | None = None,
         window_sizes: Sequence[int] | None = None,
         blur_sigma: float | None = None,
         follow_edges: bool | None = None,
@@ -233,8 +234,8 @@ class Cpr(AnomalibModule):
                 pre_trained=pre_trained,
                 backbone_weights=backbone_weights,
                 descriptor_channels=descriptor_channels,
-                k=k,
-                window_sizes=WINDOWS if window_sizes is None else window_sizes,
+                k=USUAL_MATCHING.k if k is None else k,
+                window_sizes=USUAL_MATCHING.window_sizes if window_sizes is None else window_sizes,
                 blur_sigma=SIGMA if blur_sigma is None else blur_sigma,
                 follow_edges=follow_edges is not False,
                 codebook_size=codebook_size,
@@ -244,7 +245,7 @@ class Cpr(AnomalibModule):
                 bank_on_host=bank_on_host,
                 bank_file=bank_file,
             )
-        self._choose_windows, self._loose = window_sizes is None, False
+        self._choose_k, self._choose_windows, self._loose = k is None, window_sizes is None, False
         self._default_blur, self._default_outlines = blur_sigma is None, follow_edges is None
         self.clustering_backend = clustering_backend
         self.kind = kind
@@ -410,7 +411,7 @@ class Cpr(AnomalibModule):
                 features = model.feature_extractor(images.normalize(batch.to(self.device)))[0].float()
                 histograms.append(model.global_retriever(features))
                 foregrounds.append(model.foreground_estimator(features))
-        neighbours = model.global_retriever.nearest(torch.cat(histograms), model.bank.histograms, model.k)
+        neighbours = model.global_retriever.nearest(torch.cat(histograms), model.bank.histograms, self._pairs_k)
         return KnownAnomalies(known, masks, torch.cat(foregrounds), neighbours.cpu())
 
     def on_fit_start(self) -> None:
@@ -446,7 +447,7 @@ class Cpr(AnomalibModule):
         neighbours = self.model.global_retriever.nearest(
             self.model.bank.histograms,
             self.model.bank.histograms,
-            self.model.k,
+            self._pairs_k,
             exclude_self=True,
             copies=images.copies,
         )
@@ -568,30 +569,36 @@ class Cpr(AnomalibModule):
         )
         return loose
 
-    def _decide_on_windows(self, data: TrainingData) -> None:
-        """Of parts that may lie anywhere: match in windows, or over the whole map, by the evidence of the heads."""
-        self.model.window_sizes = WINDOWS
-        if not self._loose or self._synthesise is None:
+    def _decide_on_matching(self, data: TrainingData, in_bank: Tensor) -> None:
+        """With how many references, in windows or over the whole map, by the evidence of the heads."""
+        usual = Matching(
+            self._pairs_k,
+            USUAL_MATCHING.window_sizes
+            if self._choose_windows
+            else (self.model.window_sizes[0], self.model.window_sizes[1]),
+        )
+        self._match_as(usual)
+        available = len(in_bank) - data.images.copies  # an image is no reference of itself
+        options = candidates(usual, available, more_references=self._choose_k, whole_map=self._loose)
+        if len(options) == 1 or available < ENOUGH_IMAGES or self._synthesise is None:
             return
         structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
         weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
-        options = candidates(WINDOWS, data.images.size)
         generator = step_generator(int(self.seed or 0), 0, 0, 0)
-        track = self._track("Windows", min(ASKED_IMAGES, len(data.images)))
-        with stage("Windows"):
-            found = compare_windows(self.model, data.images, data.neighbours, weak, generator, options, track)
+        track = self._track("References", min(ASKED_IMAGES, len(data.images)))
+        with stage("References"):
+            found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
         if not found:
             return
-        self.model.window_sizes = choose(found)
-        described = {
-            windows: "over the whole map" if min(windows) >= WHOLE_MAP else f"in windows of {list(windows)}"
-            for windows in found
-        }
-        values = ", ".join(f"{value:.1f} {described[windows]}" for windows, value in found.items())
+        self._match_as(choose(found))
+        values = ", ".join(f"{value:.2f} with {matching}" for matching, value in found.items())
         rank_zero_info(
-            f"Matching {described[self.model.window_sizes]}. Weak synthetic anomalies raise the scores of good images "
-            f"by {values} (in standard deviations of good images). Overrule it with window_sizes."
+            f"Matching with {choose(found)}. Weak synthetic anomalies add to the scores of good images so many times "
+            f"these scores: {values}. Overrule it with k and window_sizes."
         )
+
+    def _match_as(self, matching: Matching) -> None:
+        self.model.k, self.model.window_sizes = matching
 
     def _coarse_features(self, images: TrainingImages, chosen: Tensor) -> Tensor:
         return self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[1]
@@ -770,7 +777,7 @@ class Cpr(AnomalibModule):
         tracked = self._track("Reference bank", batches)(self._batches(data.images))
         with stage("Reference bank"):
             try:
-                self.model.remember(tracked, rank, ranks, self._exchange_descriptors)
+                in_bank = self.model.remember(tracked, rank, ranks, self._exchange_descriptors)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -779,8 +786,7 @@ class Cpr(AnomalibModule):
                     f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
                     f"{device} ({error}). Resume with a smaller one: {_way_out(device)}. No step is lost."
                 ) from error
-        if self._choose_windows:
-            self._decide_on_windows(data)
+        self._decide_on_matching(data, in_bank)
 
     def drop_bank(self) -> None:
         """Free the descriptors of the training images."""
@@ -814,7 +820,7 @@ class Cpr(AnomalibModule):
         if self.held_out:
             checkpoint["cpr"]["held_out"] = self.held_out
         # The thresholds in the checkpoint belong to these, also where a model that names none of its own loads it.
-        checkpoint["cpr"]["window_sizes"] = list(self.model.window_sizes)
+        checkpoint["cpr"]["k"], checkpoint["cpr"]["window_sizes"] = self.model.k, list(self.model.window_sizes)
         checkpoint["cpr"]["blur_sigma"] = self.model.scorer.sigma
         checkpoint["cpr"]["follow_edges"] = self.model.follow_edges
         checkpoint["cpr"]["training_images"] = self._trained_on
@@ -838,8 +844,10 @@ class Cpr(AnomalibModule):
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
+        if self._choose_k:
+            self.model.k = own.get("k", USUAL_MATCHING.k)
         if self._choose_windows:
-            self.model.window_sizes = tuple(own.get("window_sizes", WINDOWS))
+            self.model.window_sizes = tuple(own.get("window_sizes", USUAL_MATCHING.window_sizes))
         if self._default_blur:
             self.model.scorer = Scorer(sigma=own.get("blur_sigma", PAPER_SIGMA)).to(self.device)
         if self._default_outlines:
@@ -1016,6 +1024,11 @@ class Cpr(AnomalibModule):
         the bank stay in main memory.
         """
         return [name for name, _ in self.named_buffers()]
+
+    @property
+    def _pairs_k(self) -> int:
+        """A pair of the training is an image and one of its nearest so many, whatever predictions will use."""
+        return USUAL_MATCHING.k if self._choose_k else self.model.k
 
     @property
     def _preparation_batch(self) -> int:

@@ -21,6 +21,9 @@ from .worker_threads import run_in_threads
 
 PIECE = 1024  # query cells that are compared with a whole reference at a time
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
+STEPS = 10  # in which the references of a query are matched in exported graphs and on GPUs
+STEP_BYTES = 256_000_000
+LEAST_ROWS = 3  # of these; with fewer, most of what is read belongs to the rows above and below
 
 # A window of so many cells is the whole map, however large the image.
 WHOLE_MAP = 999
@@ -78,7 +81,8 @@ def match_shifts(
 ) -> Tensor:
     """Largest cosine over references and window, as a running maximum.
 
-    At no time is there a temporary larger than one reference per query.
+    One reference per query at a time, or a few of many: each step is a part of an exported graph, which would grow out
+    of bounds with them, and costs a GPU the start of some dozens of operations.
 
     Args:
         query (Tensor): See :func:`match`, as for the other arguments.
@@ -94,18 +98,27 @@ def match_shifts(
     references = references.to(gallery.device)
     shifts = [(down, right) for down in _shifts(window, height) for right in _shifts(window, width)]
     best = query.new_full((), -2.0)
-    for k in range(references.shape[1]):
-        reference = _reference(gallery, scales, references[:, k], query)
+    for chosen in references.split(_at_a_time(query, references.shape[1]), dim=1):
+        some = _references(gallery, scales, chosen, query)
         for down, right in shifts:
-            best = torch.maximum(best, _shifted_similarity(query, reference, down, right, height, width))
+            best = torch.maximum(best, _shifted_similarity(query, some, down, right, height, width))
     return best
 
 
-def _reference(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: Tensor) -> Tensor:
-    """One reference per query, as unit vectors on its device."""
+def _at_a_time(query: Tensor, k: int) -> int:
+    """References of a step, so that there are ten steps, unless they took too much memory."""
+    few = -(-k // STEPS)
+    if few == 1 or is_traced():  # the size of a batch is then not known
+        return few
+    return max(1, min(few, STEP_BYTES // (query.element_size() * query.numel())))
+
+
+def _references(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: Tensor) -> Tensor:
+    """References of each query, as unit vectors on its device: ``(batch, count, channels, height, width)``."""
     # In this order: gathered first, then moved and converted, so that a large bank is never touched as a whole.
-    factors = None if scales is None else scales[chosen].to(query.device)
-    return restore(gallery[chosen].to(query.device), factors, query.shape[1])
+    every = chosen.flatten()
+    factors = None if scales is None else scales[every].to(query.device)
+    return restore(gallery[every].to(query.device), factors, query.shape[1]).unflatten(0, (-1, chosen.shape[1]))
 
 
 def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -125,8 +138,7 @@ def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales:
     references = references.to(gallery.device)
     best = [query.new_full((), -2.0)] * len(pieces)
     for k in range(references.shape[1]):
-        reference = _reference(gallery, scales, references[:, k], query)
-        cells = reference.flatten(2)
+        cells = _references(gallery, scales, references[:, k : k + 1], query)[:, 0].flatten(2)
         best = [torch.maximum(held, torch.bmm(piece, cells).amax(2)) for held, piece in zip(best, pieces, strict=True)]
     return torch.cat(best, dim=1).unflatten(1, (height, width))
 
@@ -137,12 +149,12 @@ def _shifts(window: int, side: int) -> range:
     return range(-radius, radius + 1)
 
 
-def _shifted_similarity(query: Tensor, reference: Tensor, down: int, right: int, height: int, width: int) -> Tensor:
-    """Cosine of each query cell with the reference cell ``down`` rows below and ``right`` columns beside it."""
+def _shifted_similarity(query: Tensor, references: Tensor, down: int, right: int, height: int, width: int) -> Tensor:
+    """Cosine of each query cell with the cells ``down`` rows below and ``right`` columns beside it, the largest."""
     top, bottom, left, end = max(0, -down), height - max(0, down), max(0, -right), width - max(0, right)
     own = query[:, :, top:bottom, left:end]
-    other = reference[:, :, top + down : bottom + down, left + right : end + right]
-    similarity = (own * other).sum(1, keepdim=True)
+    others = references[..., top + down : bottom + down, left + right : end + right]
+    similarity = (own[:, None] * others).sum(2).amax(1, keepdim=True)
     if down == 0 and right == 0:
         return similarity
     return F.pad(similarity, (left, width - end, top, height - bottom), value=-2.0)
@@ -178,14 +190,21 @@ def match_cells(
     # Image by image: each has references of its own, and the batch size changes nothing.
     # Of each image a band of rows per thread: the products are too small for torch to share out.
     bands = [range(*band) for band in _bands(query.shape[1], torch.get_num_threads())]
+    most = max(1, CHUNK_BYTES // (4 * query.shape[2] * query.shape[3] * LEAST_ROWS))
     run_in_threads(
         [
-            partial(_match_band, image, gallery, chosen, window, factors, result, band)
+            partial(_match_band, image, gallery, _groups(chosen, most), window, factors, result, band)
             for image, chosen, result in zip(query, references.tolist(), best, strict=True)
             for band in bands
         ]
     )
     return best[:, None]
+
+
+def _groups(references: list[int], most: int) -> list[list[int]]:
+    """Cut a list into as few pieces of at most so many as there can be, of nearly the same length."""
+    count = -(-len(references) // most)
+    return [references[first:last] for first, last in _bands(len(references), count)]
 
 
 def _bands(height: int, count: int) -> list[tuple[int, int]]:
@@ -197,13 +216,27 @@ def _bands(height: int, count: int) -> list[tuple[int, int]]:
 def _match_band(
     query: Tensor,
     gallery: Tensor,
-    chosen: list[int],
+    groups: list[list[int]],
     window: int,
     factors: Tensor | None,
     best: Tensor,
     band: range,
 ) -> None:
     """Match rows of one query, ``(height, width, channels)``, and raise those of ``best``, ``(height, width)``."""
+    for chosen in groups:
+        _match_group(query, gallery, chosen, window, factors, best, band)
+
+
+def _match_group(
+    query: Tensor,
+    gallery: Tensor,
+    chosen: list[int],
+    window: int,
+    factors: Tensor | None,
+    best: Tensor,
+    band: range,
+) -> None:
+    """The same for so many references as a chunk has room for."""
     height, width, channels = query.shape
     k = len(chosen)
     down, right = min(window // 2, height - 1), min(window // 2, width - 1)

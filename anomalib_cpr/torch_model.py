@@ -212,7 +212,7 @@ class CprModel(nn.Module):
         rank: int = 0,
         ranks: int = 1,
         exchange: Callable[[list[tuple[int, int, int]]], None] | None = None,
-    ) -> None:
+    ) -> Tensor:
         """Fill the bank with the descriptors of the training images, in the order of the bank's histograms.
 
         With ``max_references``, only images that represent all are described, and the bank forgets the others.
@@ -223,6 +223,9 @@ class CprModel(nn.Module):
             ranks (int): Number of processes, of which each describes the batches whose turn it is.
             exchange (Callable | None): Fetches what the others have described. It is told, for each batch, its first
                 image in the bank, the one after its last, and the rank that describes it.
+
+        Returns:
+            Tensor: Which of the images the bank holds, in ascending order, ``(count,)``, on the CPU.
         """
         was_training = self.training
         self.eval()
@@ -253,6 +256,7 @@ class CprModel(nn.Module):
             raise
         finally:
             self.train(was_training)
+        return chosen
 
 
 def split_unseen(images: Tensor) -> tuple[Tensor, Tensor]:

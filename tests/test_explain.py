@@ -1,5 +1,7 @@
 """What an explanation says is what the model does."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from conftest import TINY_BACKBONE, draw, write_mvtec
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr import Cpr, ExplanationVisualizer
+from anomalib_cpr import Cpr, ExplanationVisualizer, explain_picture
 from anomalib_cpr.cli import main
 from anomalib_cpr.explain import (
     PatchAtScale,
@@ -23,7 +25,7 @@ from anomalib_cpr.explain import (
     peaks,
     usual_distances,
 )
-from anomalib_cpr.explain_picture import draw_explanation
+from anomalib_cpr.explain_picture import draw_explanation, shown_references
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, identify_gallery, reference_pictures
 from anomalib_cpr.global_retrieval import histogram_distance
 from anomalib_cpr.matching import match
@@ -214,6 +216,37 @@ def test_picture_is_drawn_with_and_without_references(run, query):
         mask = torch.zeros(64, 64, dtype=torch.bool)
         mask[20:30, 20:30] = True
         assert isinstance(draw_explanation(found, query[0], pictures, mask=mask, threshold=0.1), Figure)
+
+
+@pytest.mark.parametrize(
+    ("count", "matched", "expected"),
+    [
+        (3, [], [0, 1, 2]),
+        (10, [9, 2], [*range(10)]),
+        (80, [70, 3, 70], [*range(9), 70]),
+        (80, [*range(40, 52)], [*range(40, 52)]),
+        (80, [], [*range(10)]),
+    ],
+)
+def test_of_many_references_those_are_shown_that_matter(count, matched, expected):
+    patches = [SimpleNamespace(scales=[SimpleNamespace(reference=rank)]) for rank in matched]
+    assert shown_references(SimpleNamespace(references=range(count), patches=patches)) == expected
+
+
+def test_picture_with_more_references_than_there_is_room_for(run, query, monkeypatch):
+    module = run[3]
+    found = explain(module.model, query[1])
+    pictures = reference_pictures(
+        module.model, ImageReader(module.pre_processor, module.device), [None] * 6, found.references
+    )
+    monkeypatch.setattr(explain_picture, "SHOWN_REFERENCES", 1)
+    few = shown_references(found)
+    assert len(few) < len(found.references)
+    figure = draw_explanation(found, query[0], pictures)
+    assert sum("gives" in axes.get_title() for axes in figure.axes) == len(few)
+    assert any(
+        f"{len(few)} of {len(found.references)} references are shown" in text.get_text() for text in figure.texts
+    )
 
 
 def test_command_writes_a_picture_per_image_and_says_why(run, tmp_path, capsys):

@@ -16,8 +16,8 @@ from anomalib_cpr import drawing, lightning_model
 from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
+from anomalib_cpr.matching_choice import WEAK_OPACITY, Matching
 from anomalib_cpr.metric_head import MetricHead
-from anomalib_cpr.window_choice import WEAK_OPACITY
 
 
 def weights(model):
@@ -109,64 +109,78 @@ def test_turned_copies_join_the_gallery(engine, tiny_model, tiny_datamodule, tmp
     torch.testing.assert_close(pictures[1].colours, pictures[0].colours.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
 
+USUAL, WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999))
+
+
 @pytest.mark.parametrize(
-    ("windows", "looks", "values", "expected"),
+    ("given", "looks", "values", "expected"),
     [
-        (None, 3.0, (1.0, 2.0, 2.1), (999, 999)),
-        (None, 3.0, (1.0, 2.0, 1.9), (3, 1)),
-        (None, 3.0, None, (3, 1)),  # no anomaly found a place
-        (None, 1.2, "not asked", (3, 1)),
-        ([5, 3], "not asked", "not asked", (5, 3)),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4}, WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.3}, Matching(13, (3, 1))),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
+        ({}, 1.2, None, USUAL),  # no anomaly found a place
+        ({"k": 3}, 3.0, {Matching(3, (3, 1)): 1.0, Matching(3, (999, 999)): 2.0}, Matching(3, (999, 999))),
+        ({"k": 3}, 1.2, "not asked", Matching(3, (3, 1))),
+        (
+            {"window_sizes": [5, 3]},
+            "not asked",
+            {Matching(10, (5, 3)): 1, Matching(13, (5, 3)): 2},
+            Matching(13, (5, 3)),
+        ),
+        ({"k": 3, "window_sizes": [5, 3]}, "not asked", "not asked", Matching(3, (5, 3))),
     ],
 )
-def test_windows_are_chosen_for_loose_parts(
-    engine, tiny_model, tiny_datamodule, monkeypatch, tmp_path, windows, looks, values, expected
+def test_references_and_windows_are_chosen_by_evidence(
+    engine, tiny_model, monkeypatch, tmp_path, given, looks, values, expected
 ):
     """And whatever was chosen is in the checkpoint, for those who load it in one way or another."""
-    asked = []
+    asked, root = [], write_mvtec(tmp_path / "data", train=14)
+    datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
 
     def look(queries, references):
         asked.append("looks")
-        assert [len(queries), len(references)] == [6, 6]
+        assert [len(queries), len(references)] == [12, 12]
         assert queries[0].shape == references[0].shape[1:]
         return looks
 
-    def compare(model, _images, _neighbours, weak, _generator, options, _track):
+    def compare(model, images, in_bank, weak, _generator, options, _track):
         asked.append("compares")
         assert weak.blend == WEAK_OPACITY
-        assert len(model.bank) == 6, "once the heads are trained"
-        return {} if values is None else dict(zip(options, values, strict=True))
+        assert len(model.bank) == len(images) == len(in_bank) == 14, "once the heads are trained"
+        assert list(options) == list(values or [USUAL, Matching(13, (3, 1))])
+        return values or {}
 
     monkeypatch.setattr(lightning_model, "ENOUGH_IMAGES", 6)
     monkeypatch.setattr(lightning_model, "looseness", look)
-    monkeypatch.setattr(lightning_model, "compare_windows", compare)
-    model = tiny_model(window_sizes=windows)
+    monkeypatch.setattr(lightning_model, "compare_matchings", compare)
+    model = tiny_model(**{"k": None, **given})
     model.model.feature_extractor.weights_loaded.fill_(True)
     model.model.pre_trained = True  # random weights in fact
     trainer = engine(max_steps=1)
-    trainer.fit(model, datamodule=tiny_datamodule)
-    assert model.model.window_sizes == expected
+    trainer.fit(model, datamodule=datamodule)
+    assert (model.model.k, model.model.window_sizes) == expected
     assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    assert loaded.model.window_sizes == expected
-    other = tiny_model(window_sizes=windows)
-    trainer.test(other, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
-    assert other.model.window_sizes == expected
-    overruled = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, window_sizes=[1, 1])
-    assert overruled.model.window_sizes == (1, 1)
+    assert (loaded.model.k, loaded.model.window_sizes) == expected
+    other = tiny_model(**{"k": None, **given})
+    trainer.test(other, datamodule=datamodule, ckpt_path=str(checkpoint))
+    assert (other.model.k, other.model.window_sizes) == expected
+    overruled = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, window_sizes=[1, 1], k=4)
+    assert (overruled.model.k, overruled.model.window_sizes) == (4, (1, 1))
 
 
-def test_a_checkpoint_brings_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
+def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
     """To whoever names none: the threshold in it belongs to them. As do the authors' values to their checkpoints."""
     engine(max_steps=1).fit(
-        tiny_model(window_sizes=[5, 3], blur_sigma=4, follow_edges=False), datamodule=tiny_datamodule
+        tiny_model(k=4, window_sizes=[5, 3], blur_sigma=4, follow_edges=False), datamodule=tiny_datamodule
     )
     (checkpoint,) = tmp_path.rglob("model.ckpt")
-    model = tiny_model()
+    model = tiny_model(k=None)
     engine().test(model, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
-    assert model.model.window_sizes == (5, 3)
+    assert (model.model.k, model.model.window_sizes) == (4, (5, 3))
     assert model.model.scorer.kernel.numel() == 33
     assert not model.model.follow_edges
     other = tiny_model(window_sizes=[1, 1], blur_sigma=1, follow_edges=True)
@@ -194,7 +208,7 @@ def test_share_of_recoloured_anomalies(engine, tiny_model, tiny_datamodule, monk
             seen.append((trainer.global_step, pl_module._synthesise.recoloured))
 
     monkeypatch.setattr(Cpr, "_looks_loose", lambda *_: loose)
-    monkeypatch.setattr(Cpr, "_decide_on_windows", lambda *_: None)
+    monkeypatch.setattr(Cpr, "_decide_on_matching", lambda *_: None)
     model = tiny_model(kind=kind, recoloured_anomalies=given)
     engine(max_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)
     assert seen == [(0, expected)]
@@ -208,8 +222,8 @@ def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, ti
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(("category", "windows"), [("pills", (999, 999)), ("bracket", (3, 1))])
-def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, category, windows):
+@pytest.mark.parametrize(("category", "varied"), [("pills", True), ("gear", True), ("bracket", False)])
+def test_more_references_for_drawn_parts_that_vary(engine, data_root, tmp_path, category, varied):
     model = Cpr(
         backbone_weights=data_root / "weights" / "densenet201_to_denseblock2.pth",
         descriptor_channels=16,
@@ -218,7 +232,7 @@ def test_loose_drawn_parts_are_recognised(engine, data_root, tmp_path, category,
     )
     data = DrawnParts(root=tmp_path, category=category, image_size=160, train_images=24, num_workers=0)
     engine(max_steps=10, limit_val_batches=0).fit(model, datamodule=data)
-    assert model.model.window_sizes == windows
+    assert (model.model.k > 10) == varied
 
 
 def test_scores_do_not_tie(engine, tiny_model, tiny_datamodule):

@@ -43,6 +43,18 @@ def test_smallest_distance_over_references_and_window(height, width, window, k, 
     assert torch.allclose(match(query, gallery, references, window), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "step_bytes"), [(1, 10**9), (2, 10**9), (3, 10**9), (1, 2 * 4 * 2 * 8 * 30), (1, 1)])
+def test_a_few_of_many_references_at_a_time(steps, step_bytes, monkeypatch):
+    monkeypatch.setattr(matching, "STEPS", steps)
+    monkeypatch.setattr(matching, "STEP_BYTES", step_bytes)
+    generator = torch.Generator().manual_seed(3)
+    query = F.normalize(torch.randn(2, 8, 5, 6, generator=generator), dim=1)
+    gallery = F.normalize(torch.randn(7, 8, 5, 6, generator=generator), dim=1)
+    references = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(2)])
+    expected = slow_match(query, gallery, references, 3)
+    assert torch.allclose(1 - match_shifts(query, gallery, references, 3), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", [match_cells, match_shifts])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
@@ -61,9 +73,11 @@ def test_coarse_galleries(channels, dtype, layout, way):
     assert torch.allclose(1 - result, slow_match(query, numbers, references, 3), atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 10])
 @pytest.mark.parametrize(("scales", "packed"), [(None, False), (torch.rand(3, 1, 6, 6), False), (None, True)])
-def test_an_export_follows_its_references(scales, packed):
+def test_an_export_follows_its_references(scales, packed, steps, monkeypatch):
     """Exported with one choice of references, run with another."""
+    monkeypatch.setattr(matching, "STEPS", steps)
     generator = torch.Generator().manual_seed(6)
     query, gallery = torch.randn(2, 2, 8, 6, 6, generator=generator)
     gallery = torch.cat([gallery, query[:1]])

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many references, in windows or over the whole map? Whatever tells weak anomalies from good images best.
+
+The paper's ten references suffice where among the training images ten lie like any other. Where parts come turned or
+loose, a good patch finds its match only among more of them. That shows in the learned metric, from good images alone:
+each is scored as if it was not in the bank, as it is and with a weak synthetic anomaly on it. Anomalies as plain as
+those of the training stand out anyway; weak ones must rise above what good images differ by.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .global_retrieval import histogram_distance
+from .matching import WHOLE_MAP, match
+from .synthetic_anomalies import SyntheticAnomalyGenerator
+from .torch_model import CprModel, full_precision
+from .training_images import TrainingImages
+
+ASKED_IMAGES = 24
+WEAK_OPACITY = (0.1, 0.5)  # in training 0.5..1
+SMALL_AREA = 0.0005  # in training 0.001
+MOST_REFERENCES = 80  # whose matching takes eight times as long as that of ten
+# At 160 and 320 pixels, 80 references or all have 1.4 to 1.5 (loose drawn tablets) and 1.5 to 1.8 times (a turned gear)
+# the contrast of ten; 1.13 (bracket), 1.08 to 1.23 (fabric) and 1.06 times (MVTec AD screw, 20 references) where they
+# do not help (results/references.json).
+CLEARLY_BETTER = 1.3
+
+
+class Matching(NamedTuple):
+    """How patches are matched.
+
+    Attributes:
+        k (int): Number of references.
+        window_sizes (tuple[int, int]): Side of the windows at strides 4 and 8, in cells.
+    """
+
+    k: int
+    window_sizes: tuple[int, int]
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        where = (
+            "over the whole map" if min(self.window_sizes) >= WHOLE_MAP else f"in windows of {list(self.window_sizes)}"
+        )
+        return f"{self.k} references {where}"
+
+
+def contrast(good: Tensor, anomalous: Tensor) -> float:
+    """What anomalies add to the scores of good images, in proportion to these scores.
+
+    Args:
+        good (Tensor): Scores of good images, ``(images,)``.
+        anomalous (Tensor): Scores of the same images with an anomaly, ``(images,)``.
+
+    Returns:
+        float: 0 where anomalies change nothing.
+    """
+    return float(((anomalous - good).mean() / good.mean().clamp_min(1e-9)).double())
+
+
+def candidates(usual: Matching, available: int, *, more_references: bool, whole_map: bool) -> list[Matching]:
+    """What is worth asking for.
+
+    Args:
+        usual (Matching): What is taken without evidence.
+        available (int): How many references an image of the training can have: all but itself.
+        more_references (bool): Ask for twice as many, again and again, up to 80 or all.
+        whole_map (bool): Ask for the usual number over the whole map.
+
+    Returns:
+        list[Matching]: The usual one first.
+    """
+    found, most = [usual], min(available, MOST_REFERENCES)
+    while more_references and found[-1].k < most:
+        found.append(Matching(min(2 * found[-1].k, most), usual.window_sizes))
+    return [*found, Matching(usual.k, (WHOLE_MAP, WHOLE_MAP))] if whole_map else found
+
+
+def choose(contrasts: Mapping[Matching, float]) -> Matching:
+    """The one with the highest contrast, if it does so clearly better than the usual one.
+
+    Args:
+        contrasts (Mapping[Matching, float]): Of :func:`candidates`, in their order.
+
+    Returns:
+        Matching: One of them.
+    """
+    usual, best = next(iter(contrasts)), max(contrasts, key=lambda one: contrasts[one])
+    return best if contrasts[best] >= CLEARLY_BETTER * contrasts[usual] else usual
+
+
+@torch.no_grad()
+def compare_matchings(
+    model: CprModel,
+    images: TrainingImages,
+    in_bank: Tensor,
+    synthesise: SyntheticAnomalyGenerator,
+    generator: torch.Generator,
+    options: Sequence[Matching],
+    track: Callable[[Iterable], Iterable] = iter,
+) -> dict[Matching, float]:
+    """Contrast of weak anomalies under each way of matching.
+
+    Args:
+        model (CprModel): With heads as they are to be used, and a bank of these images.
+        images (TrainingImages): The good images.
+        in_bank (Tensor): Which of them the bank holds, in its order, ``(count,)``, CPU.
+        synthesise (SyntheticAnomalyGenerator): Makes the anomalies.
+        generator (torch.Generator): On the CPU; every choice comes from it.
+        options (Sequence[Matching]): Ways to compare; of those with the same windows the fewest references first.
+        track (Callable): Wraps the iteration, for a progress bar.
+
+    Returns:
+        dict[Matching, float]: In the order of the options; empty if no anomaly found a place.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.foreground_estimator.projection.weight.device
+        photographs = in_bank.to(device) // images.copies
+        asked = torch.linspace(0, len(images) - 1, min(ASKED_IMAGES, len(images))).round().long()
+        scores: dict[Matching, list[Tensor]] = {option: [] for option in options}
+        for image in track(asked.tolist()):
+            good = images.take(torch.tensor([image]), device)
+            foreground = model.foreground_estimator(model.feature_extractor(images.normalize(good))[0].float())
+            anomalous, mask = synthesise(good, foreground, generator)
+            if not mask.any():
+                continue
+            others = photographs != image // images.copies
+            for option, score in _scores(model, images.normalize(torch.cat([good, anomalous])), others, options):
+                scores[option].append(score.cpu())
+    finally:
+        model.train(was_training)
+    pairs = {option: torch.stack(found) for option, found in scores.items() if len(found) > 1}
+    return {option: contrast(*found.T) for option, found in pairs.items()}
+
+
+def _scores(
+    model: CprModel, queries: Tensor, others: Tensor, options: Sequence[Matching]
+) -> Iterator[tuple[Matching, Tensor]]:
+    """Scores of normalised images, with ``others`` (bool, of the bank) as their possible references."""
+    features = model.feature_extractor(queries)
+    descriptors = model.describe(features)
+    with full_precision(queries.device):
+        distances = histogram_distance(model.global_retriever(features[0]), model.bank.histograms)
+        most = min(max(option.k for option in options), int(others.sum()))
+        # Stable, so that the first ten are those of a search for ten, whatever equals there are.
+        references = distances.masked_fill_(~others, float("inf")).sort(dim=1, stable=True).indices[:, :most]
+        own = model.foreground_estimator(features[0].float())
+        foregrounds = torch.cat([own, model.bank.foregrounds_of(references)], dim=1)
+        size = (queries.shape[-2], queries.shape[-1])
+        for windows, ways in groupby(options, key=lambda option: option.window_sizes):
+            gallery = list(zip(descriptors, model.bank.descriptors, windows, model.bank.scales, strict=True))
+            nearest: list[Tensor] = []
+            matched = 0
+            for option in ways:  # the matches with ten references are among those with twenty
+                further = references[:, matched : option.k]
+                if further.shape[1]:
+                    found = [match(query, held, further, window, scale) for query, held, window, scale in gallery]
+                    nearest = [torch.minimum(*pair) for pair in zip(nearest, found, strict=True)] if nearest else found
+                    matched += further.shape[1]
+                yield option, model.scorer(nearest, foregrounds[:, : 1 + matched], size)[1]
