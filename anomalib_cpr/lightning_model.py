@@ -74,6 +74,7 @@ CENTRING_IMAGES = 16
 # Drawn tablets gained 0.025 and 0.039 pixel AP, a fabric 0.046 and nothing; a gear and a bracket lost 0.004 to 0.028
 # (results/recoloured): where a thing's place says much, colour says little.
 RECOLOURED = 0.3
+DISPLACED = 0.15
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
 
@@ -136,6 +137,9 @@ class Cpr(AnomalibModule):
         recoloured_anomalies (float | None): Share of the synthetic anomalies that are the image itself in other
             colours, 0..1: some find defects that are wrong in nothing but their colour. None means 0.3 for textures and
             loose parts, 0 for others; the paper has none.
+        displaced_anomalies (float | None): Share of the synthetic anomalies that are the image itself, moved by some
+            pixels, 0..1: what they teach is the shape of things. None means 0.15 for objects, 0 for textures; the paper
+            has none.
         boundary_weight (float): How many times as often a normal place within 8 pixels of a synthetic anomaly is
             compared as elsewhere. The paper's is 1; 4 outlines defects more closely on some data.
         centred_start (bool): Begin with descriptors whose mean over some training images is 0; the paper does not.
@@ -196,6 +200,7 @@ class Cpr(AnomalibModule):
         learning_rate_schedule: Literal["cosine", "constant"] = "cosine",
         warm_up_steps: int = 20,
         recoloured_anomalies: float | None = None,
+        displaced_anomalies: float | None = None,
         boundary_weight: float = 1.0,
         centred_start: bool = True,
         eight_bit_training: bool = False,
@@ -224,7 +229,7 @@ class Cpr(AnomalibModule):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
         self.rotations = tuple(rotations or ())
-        _check_training(training_steps, recoloured_anomalies, boundary_weight, self.rotations)
+        _check_training(training_steps, recoloured_anomalies, displaced_anomalies, boundary_weight, self.rotations)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -257,7 +262,7 @@ class Cpr(AnomalibModule):
         self.weight_decay = weight_decay
         self.learning_rate_schedule = learning_rate_schedule
         self.warm_up_steps = warm_up_steps
-        self.recoloured_anomalies = recoloured_anomalies
+        self.recoloured_anomalies, self.displaced_anomalies = recoloured_anomalies, displaced_anomalies
         self.boundary_weight = boundary_weight
         self.centred_start = centred_start
         self.eight_bit_training = eight_bit_training
@@ -458,14 +463,20 @@ class Cpr(AnomalibModule):
         self._loose = self._looks_loose(images, neighbours.cpu())
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
-        synthesise.recoloured = self._share_of_recoloured()
+        synthesise.recoloured, synthesise.displaced = self._shares_of_the_image_itself()
         self._plan_training()
         self._say_what_it_takes(images)
 
-    def _share_of_recoloured(self) -> float:
-        if self.recoloured_anomalies is not None:
-            return self.recoloured_anomalies
-        return RECOLOURED if self.resolved_kind == "texture" or self._loose else 0.0
+    def _shares_of_the_image_itself(self) -> tuple[float, float]:
+        """Of the synthetic anomalies, those in other colours and those that are moved."""
+        texture = self.resolved_kind == "texture"
+        recoloured, displaced = self.recoloured_anomalies, self.displaced_anomalies
+        if recoloured is None:
+            recoloured = RECOLOURED if texture or self._loose else 0.0
+            recoloured = min(recoloured, 1 - (displaced or 0.0))
+        if displaced is None:
+            displaced = 0.0 if texture else min(DISPLACED, 1 - recoloured)
+        return recoloured, displaced
 
     def _say_what_it_takes(self, images: TrainingImages) -> None:
         bank = self.model.bank
@@ -1046,6 +1057,7 @@ class Cpr(AnomalibModule):
 def _check_training(
     training_steps: int | str | None,
     recoloured_anomalies: float | None,
+    displaced_anomalies: float | None,
     boundary_weight: float,
     rotations: Sequence[float],
 ) -> None:
@@ -1053,8 +1065,12 @@ def _check_training(
         raise ValueError(
             f"training_steps={training_steps!r}: must be at least 1, 'paper' for the paper's number, or None."
         )
-    if recoloured_anomalies is not None and not 0 <= recoloured_anomalies <= 1:
-        raise ValueError(f"recoloured_anomalies={recoloured_anomalies}: must be a share in 0..1.")
+    shares = {"recoloured_anomalies": recoloured_anomalies, "displaced_anomalies": displaced_anomalies}
+    for name, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name}={share}: must be a share in 0..1.")
+    if (recoloured_anomalies or 0) + (displaced_anomalies or 0) > 1:
+        raise ValueError(f"{recoloured_anomalies=} and {displaced_anomalies=} are shares; their sum must be at most 1.")
     if not 0 < boundary_weight < float("inf"):
         raise ValueError(f"boundary_weight={boundary_weight}: must be a number above 0; 1 prefers no place.")
     if len({angle % 360 for angle in (0, *rotations)}) <= len(rotations):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic anomalies: noise-shaped patches of foreign texture, or of the image's own structure in disorder.
 
-Or, which the paper does not have, of the image itself in other colours.
+Or, which the paper does not have, of the image itself in other colours or moved.
 Choices are made on the CPU, all else is computed on the device of the images, for all of them at once.
 Source: CPR (arXiv 2308.06748), section IV, and DRAEM (arXiv 2108.07610), section 3.3, with the values of CPR's code.
 """
@@ -26,6 +26,7 @@ LARGEST_ROTATION = 90.0
 MAXIMUM_TRIES = 50
 FOREGROUND_THRESHOLD = 0.5
 TILES = 16
+DISPLACEMENT = (1 / 80, 1 / 8)  # of the longer side; 4 to 40 pixels of 320
 
 
 class SyntheticAnomalyGenerator(nn.Module):
@@ -40,6 +41,7 @@ class SyntheticAnomalyGenerator(nn.Module):
         minimum_area (float): Smallest connected part of an anomaly, as a share of the image area, 0..1.
         recoloured (float): Share of anomalies that are neither, but the image itself in other colours, 0..1. The paper
             has none.
+        displaced (float): Share of anomalies that are neither, but the image itself, moved, 0..1. The paper has none.
 
     Raises:
         ValueError: If a value is out of range, or the folder holds no images.
@@ -58,6 +60,7 @@ class SyntheticAnomalyGenerator(nn.Module):
         blend: tuple[float, float] = (0.5, 1.0),
         minimum_area: float = 0.001,
         recoloured: float = 0.0,
+        displaced: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -65,16 +68,19 @@ class SyntheticAnomalyGenerator(nn.Module):
             ("structure_probability", structure_probability),
             ("minimum_area", minimum_area),
             ("recoloured", recoloured),
+            ("displaced", displaced),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"Invalid {name}={value}; expected a number in 0..1.")
+        if recoloured + displaced > 1:
+            raise ValueError(f"recoloured={recoloured} and displaced={displaced} are shares; their sum is above 1.")
         if len(blend) != 2 or not 0 <= blend[0] <= blend[1] <= 1:
             raise ValueError(f"Invalid blend={blend}; expected two numbers in 0..1, the smaller one first.")
         self.anomaly_probability = anomaly_probability
         self.structure_probability = structure_probability
         self.blend = (float(blend[0]), float(blend[1]))
         self.minimum_area = minimum_area
-        self.recoloured = recoloured
+        self.recoloured, self.displaced = recoloured, displaced
         self.textures: AnomalySource = ProceduralTextures() if source_path is None else TextureFolder(source_path)
 
     @torch.no_grad()
@@ -116,14 +122,18 @@ class SyntheticAnomalyGenerator(nn.Module):
 
     def _draw_sources(self, images: Tensor, structure: Tensor, generator: torch.Generator) -> Tensor:
         """What the anomalies are made of; ``structure`` (``(batch,)``, CPU): the image in disorder, not a texture."""
-        recoloured = torch.zeros_like(structure)
-        if self.recoloured:  # asked first, so that the paper's anomalies stay what they were, bit for bit
-            recoloured = torch.rand(len(images), generator=generator) < self.recoloured
+        recoloured = displaced = torch.zeros_like(structure)
+        if self.recoloured or self.displaced:  # asked first, so that the paper's anomalies stay the same, bit for bit
+            chance = torch.rand(len(images), generator=generator)
+            recoloured = chance < self.recoloured
+            displaced = ~recoloured & (chance < self.recoloured + self.displaced)
+        others = ~recoloured & ~displaced
         sources = torch.empty_like(images)
         for chosen, draw in (
-            (~structure & ~recoloured, self._draw_textures),
-            (structure & ~recoloured, disorder),
+            (others & ~structure, self._draw_textures),
+            (others & structure, disorder),
             (recoloured, recolour),
+            (displaced, displace),
         ):
             if chosen.any():
                 where = hand_over(chosen.nonzero().flatten(), images.device)
@@ -148,6 +158,37 @@ def disorder(images: Tensor, generator: torch.Generator) -> Tensor:
     changed = change_appearance(images, generator)
     order = torch.rand((len(images), TILES * TILES), generator=generator).argsort(1)
     return shuffle_tiles(changed, hand_over(order, images.device))
+
+
+def displace(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image in any direction, by an eightieth to an eighth of its longer side; mirrored at the edges.
+
+    Where it is laid over the image, lines break off, go on beside themselves, or end too early: defects of shape, with
+    nothing foreign about them. CutPaste (arXiv 2104.04015) learns from the like.
+
+    Args:
+        images (Tensor): Of shape ``(batch, channels, height, width)``.
+        generator (torch.Generator): On the CPU; every choice comes from it.
+
+    Returns:
+        Tensor: Same shape.
+    """
+    height, width = images.shape[-2:]
+    turns, share = torch.rand((2, len(images)), generator=generator)
+    least, most = (max(height, width) * bound for bound in DISPLACEMENT)
+    distance, angle = least + (most - least) * share, 2 * math.pi * turns
+    down, right = (distance * angle.sin()).round().long(), (distance * angle.cos()).round().long()
+    rows = _mirrored(torch.arange(height) + down[:, None], height)
+    columns = _mirrored(torch.arange(width) + right[:, None], width)
+    cells = hand_over(rows[:, :, None] * width + columns[:, None], images.device).flatten(1)
+    return images.flatten(2).gather(2, cells[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+
+def _mirrored(places: Tensor, count: int) -> Tensor:
+    """Places along an axis of so many pixels, mirrored at its ends, again and again."""
+    period = max(1, 2 * (count - 1))
+    places = places.remainder(period)
+    return torch.minimum(places, period - places)
 
 
 def blend(images: Tensor, sources: Tensor, masks: Tensor, opacity: Tensor) -> Tensor:

@@ -193,25 +193,31 @@ def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine,
 @pytest.mark.parametrize(
     ("kind", "loose", "given", "expected"),
     [
-        ("texture", False, None, 0.3),
-        ("object", False, None, 0.0),
-        ("object", True, None, 0.3),
-        ("object", False, 0.6, 0.6),
-        ("texture", True, 0.0, 0.0),
+        ("texture", False, {}, (0.3, 0.0)),
+        ("object", False, {}, (0.0, 0.15)),
+        ("object", True, {}, (0.3, 0.15)),
+        ("object", False, {"recoloured_anomalies": 0.6}, (0.6, 0.15)),
+        ("object", False, {"recoloured_anomalies": 0.9}, (0.9, 0.1)),
+        ("object", True, {"displaced_anomalies": 0.9}, (0.1, 0.9)),
+        ("texture", False, {"displaced_anomalies": 0.2}, (0.3, 0.2)),
+        ("texture", True, {"recoloured_anomalies": 0.0}, (0.0, 0.0)),
+        ("object", False, {"displaced_anomalies": 0.0}, (0.0, 0.0)),
     ],
 )
-def test_share_of_recoloured_anomalies(engine, tiny_model, tiny_datamodule, monkeypatch, kind, loose, given, expected):
+def test_shares_of_recoloured_and_displaced_anomalies(
+    engine, tiny_model, tiny_datamodule, monkeypatch, kind, loose, given, expected
+):
     seen = []
 
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            seen.append((trainer.global_step, pl_module._synthesise.recoloured))
+            seen.append((trainer.global_step, pl_module._synthesise.recoloured, pl_module._synthesise.displaced))
 
     monkeypatch.setattr(Cpr, "_looks_loose", lambda *_: loose)
     monkeypatch.setattr(Cpr, "_decide_on_matching", lambda *_: None)
-    model = tiny_model(kind=kind, recoloured_anomalies=given)
+    model = tiny_model(kind=kind, **given)
     engine(max_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)
-    assert seen == [(0, expected)]
+    assert seen == [(0, *map(pytest.approx, expected))]
 
 
 def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):
@@ -623,6 +629,8 @@ class TestBadInput:
             ({"training_steps": 0}, "training_steps=0"),
             ({"recoloured_anomalies": -0.1}, r"recoloured_anomalies=-0\.1: must be a share in 0\.\.1"),
             ({"recoloured_anomalies": float("nan")}, "recoloured_anomalies=nan"),
+            ({"displaced_anomalies": 2}, "displaced_anomalies=2: must be a share"),
+            ({"recoloured_anomalies": 0.6, "displaced_anomalies": 0.6}, "displaced_anomalies=0.6 are shares"),
             ({"boundary_weight": 0}, "boundary_weight=0: must be a number above 0"),
             ({"boundary_weight": float("inf")}, "boundary_weight=inf"),
             ({"boundary_weight": float("nan")}, "boundary_weight=nan"),

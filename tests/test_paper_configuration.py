@@ -27,6 +27,7 @@ def test_values_are_those_of_the_authors_code():
         "kind": "auto",
         "anomaly_source_path": "datasets/dtd/images",
         "recoloured_anomalies": 0.0,
+        "displaced_anomalies": 0.0,
         "boundary_weight": 1.0,
         "centred_start": False,
         "eight_bit_training": True,

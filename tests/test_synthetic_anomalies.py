@@ -12,6 +12,7 @@ from anomalib_cpr.anomaly_sources import ProceduralTextures, TextureFolder
 from anomalib_cpr.synthetic_anomalies import (
     SyntheticAnomalyGenerator,
     blend,
+    displace,
     draw_masks,
     draw_noise,
     perlin_noise,
@@ -251,6 +252,58 @@ def test_share_of_recoloured_anomalies():
     assert black / masks.flatten(1).any(1).sum().item() == pytest.approx(0.7, abs=0.06)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (40, 96), (96, 40)])
+def test_displaced_images_are_moved_and_mirrored_at_the_edges(size):
+    """As np.pad mirrors them, moved by 1/80 to 1/8 of the longer side, in all directions."""
+    height, width = size
+    images, longer = some_images(60, size), max(size)
+    moved = displace(images, seeded())
+    turns, share = torch.rand((2, 60), generator=seeded()).tolist()
+    quarters = set()
+    for image, result, turn, part in zip(images.numpy(), moved.numpy(), turns, share, strict=True):
+        distance = longer / 80 + longer * (1 / 8 - 1 / 80) * part
+        down = round(distance * math.sin(2 * math.pi * turn))
+        right = round(distance * math.cos(2 * math.pi * turn))
+        assert longer / 80 - 1 <= math.hypot(down, right) <= longer / 8 + 1
+        quarters.add((down > 0, right > 0))
+        border = longer // 8 + 1
+        padded = np.pad(image, ((0, 0), (border, border), (border, border)), mode="reflect")
+        expected = padded[:, border + down : border + down + height, border + right : border + right + width]
+        np.testing.assert_array_equal(result, expected)
+    assert len(quarters) == 4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (3, 400)])
+def test_narrow_images_are_mirrored_again_and_again(size):
+    images = some_images(5, size)
+    moved = displace(images, seeded())
+    assert moved.shape == images.shape
+    assert torch.isin(moved, images).all()
+
+
+def test_shares_of_displaced_and_recoloured_anomalies():
+    images = torch.zeros(600, 3, 32, 32)
+    generator = SyntheticAnomalyGenerator(
+        anomaly_probability=1.0, structure_probability=0.0, blend=(1.0, 1.0), recoloured=0.2, displaced=0.3
+    )
+
+    class Grey:
+        drawn = 0
+
+        def sample(self, count, size, generator, device):  # noqa: ARG002 - what a source takes
+            self.drawn += count
+            return torch.full((count, 3, *size), 0.5, device=device)
+
+    generator.textures = grey = Grey()
+    _, masks = generator(images, None, seeded())
+    anomalous = masks.flatten(1).any(1).sum().item()
+    assert grey.drawn / anomalous == pytest.approx(0.5, abs=0.05)
+    generator.recoloured = 0.0
+    grey.drawn = 0
+    generator(images, None, seeded())
+    assert grey.drawn / anomalous == pytest.approx(0.7, abs=0.05)
+
+
 def test_repeats_under_the_generator_alone():
     images = some_images(6)
     fresh, used = SyntheticAnomalyGenerator(), SyntheticAnomalyGenerator()
@@ -321,6 +374,8 @@ def test_an_image_without_object_stays_normal_among_others():
         ({"anomaly_probability": math.nan}, "anomaly_probability=nan"),
         ({"structure_probability": 2}, "structure_probability=2"),
         ({"recoloured": 1.01}, r"recoloured=1\.01"),
+        ({"displaced": -1}, "displaced=-1"),
+        ({"recoloured": 0.6, "displaced": 0.5}, r"recoloured=0\.6 and displaced=0\.5 are shares"),
         ({"minimum_area": -0.001}, r"minimum_area=-0\.001"),
         ({"minimum_area": 1.1}, r"minimum_area=1\.1"),
         ({"blend": (1.0, 0.5)}, r"blend=\(1\.0, 0\.5\).*smaller one first"),
