@@ -319,6 +319,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "held_out": options.held_out,
         "training_precision": model.training_precision,
         "kind": model.resolved_kind,
+        "k": model.model.k,
         "window_sizes": list(model.model.window_sizes),
         "commit": options.commit or commit(),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
