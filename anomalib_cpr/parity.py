@@ -12,6 +12,7 @@ more output. Whether the copy scores bit for bit like the file is checked along.
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -37,6 +38,7 @@ from .progress import progress_bar
 
 TAKES_REST = True  # what argparse does not know is read as arguments of the data module
 ENGINE = "engine"
+TRUST = "TRUST_REMOTE_CODE"
 COMPRESSIONS = {"openvino": None, **{f"openvino-{kind.value}": kind for kind in CompressionType}}
 FORMATS = ("torch", "onnx", *COMPRESSIONS, "tensorrt")
 DEFAULT_FORMATS = ("torch", "onnx", "openvino")
@@ -175,6 +177,20 @@ def recorded_references(model: Cpr) -> Iterator[list[list[int]]]:
 # --- runtimes: each is opened with the exported file and predicts one image file
 
 
+@contextmanager
+def trusting_own_files() -> Iterator[None]:
+    """Let anomalib load a pickled model, which it refuses unless told to: this process has just written it."""
+    before = os.environ.get(TRUST)
+    os.environ[TRUST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TRUST]
+        else:
+            os.environ[TRUST] = before
+
+
 class TorchRuntime:
     """The pickled model in anomalib's ``TorchInferencer``.
 
@@ -185,7 +201,8 @@ class TorchRuntime:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         del threads  # set for the whole process
-        self.inferencer = cast("Any", TorchInferencer(path, device="cpu"))
+        with trusting_own_files():
+            self.inferencer = cast("Any", TorchInferencer(path, device="cpu"))
         self.module = cast("Cpr", self.inferencer.model)
         self.timed = Timed(self.module)
         self.inferencer.model = self.timed  # anomalib calls whatever stands here

@@ -1,6 +1,7 @@
 """The parity report: what it compares, what it counts apart, and what it writes."""
 
 import json
+import os
 
 import numpy as np
 import onnx
@@ -75,13 +76,14 @@ def test_faults(name, found, message):
 
 
 def test_command(checkpoint, mvtec_root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     report = tmp_path / "reports" / "parity.json"
     data = ["--data", "MVTecAD", "--data.root", str(mvtec_root), "--data.category", "screw", "--data.num_workers", "0"]
     code = main(["parity", "--ckpt", str(checkpoint), *data, "--json", str(report), "--export-root", "kept"])
     rows = {row["format"]: row for row in json.loads(report.read_text())["rows"]}
     assert code == 0
+    assert "TRUST_REMOTE_CODE" not in os.environ
     assert list(rows) == ["engine", "torch", "onnx", "openvino"]
     for row in rows.values():
         assert set(row) >= KEYS
