@@ -400,6 +400,7 @@ def _reuse_preparation(model: Cpr, path: Path) -> None:
                 part.load_state_dict(state)
             return
         learn(images)
+        path.parent.mkdir(parents=True, exist_ok=True)  # drawn data are not there where MVTec AD is trained on
         torch.save([model.resolved_kind, [copy.deepcopy(part.state_dict()) for part in parts]], path)
 
     model._learn_retrieval = load_or_learn  # type: ignore[method-assign]  # noqa: SLF001
