@@ -236,7 +236,7 @@ def test_more_references_for_drawn_parts_that_vary(engine, data_root, tmp_path, 
         image_size=160,
         seed=0,
     )
-    data = DrawnParts(root=tmp_path, category=category, image_size=160, train_images=24, num_workers=0)
+    data = DrawnParts(root=tmp_path, category=category, image_size=160, train_images=40, num_workers=0)
     engine(max_steps=10, limit_val_batches=0).fit(model, datamodule=data)
     assert (model.model.k > 10) == varied
 
