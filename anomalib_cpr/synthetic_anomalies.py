@@ -177,10 +177,11 @@ def displace(images: Tensor, generator: torch.Generator) -> Tensor:
     turns, share = torch.rand((2, len(images)), generator=generator)
     least, most = (max(height, width) * bound for bound in DISPLACEMENT)
     distance, angle = least + (most - least) * share, 2 * math.pi * turns
-    down, right = (distance * angle.sin()).round().long(), (distance * angle.cos()).round().long()
-    rows = _mirrored(torch.arange(height) + down[:, None], height)
-    columns = _mirrored(torch.arange(width) + right[:, None], width)
-    cells = hand_over(rows[:, :, None] * width + columns[:, None], images.device).flatten(1)
+    moves = torch.stack([distance * angle.sin(), distance * angle.cos()]).round().long()
+    down, right = hand_over(moves, images.device)[:, :, None]
+    rows = _mirrored(torch.arange(height, device=images.device) + down, height)
+    columns = _mirrored(torch.arange(width, device=images.device) + right, width)
+    cells = (rows[:, :, None] * width + columns[:, None]).flatten(1)
     return images.flatten(2).gather(2, cells[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
