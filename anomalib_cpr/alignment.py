@@ -35,9 +35,21 @@ def surveyed(neighbours: Tensor, images: int = SURVEYED_IMAGES) -> tuple[list[in
     Returns:
         tuple[list[int], Tensor]: Images, spread over the data, and their references, ``(surveyed, references)``.
     """
-    count = len(neighbours)
-    chosen = torch.linspace(0, count - 1, min(count, images)).round().long()
+    chosen = spread(len(neighbours), images)
     return chosen.tolist(), neighbours[chosen, :SURVEYED_REFERENCES]
+
+
+def spread(count: int, most: int) -> Tensor:
+    """Choose at most so many of some images, at equal distances.
+
+    Args:
+        count (int): How many there are.
+        most (int): How many to choose, if there are so many.
+
+    Returns:
+        Tensor: Indices in ascending order, on the CPU.
+    """
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def generous_window(cells: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .alignment import spread
 from .global_retrieval import histogram_distance
 from .matching import WHOLE_MAP, match
 from .synthetic_anomalies import SyntheticAnomalyGenerator
@@ -23,7 +24,7 @@ from .training_images import TrainingImages
 ASKED_IMAGES = 24
 WEAK_OPACITY = (0.1, 0.5)  # in training 0.5..1
 SMALL_AREA = 0.0005  # in training 0.001
-MOST_REFERENCES = 80  # whose matching takes eight times as long as that of ten
+MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that of ten
 # At 160 and 320 pixels, 80 references or all have 1.4 to 1.5 times the contrast of ten on loose drawn tablets (1.3 with
 # 24 images) and 1.5 to 1.8 times on a turned gear; where they do not help, 1.13 (bracket), 1.08 to 1.23 (fabric) and
 # 1.06 to 1.10 times (MVTec AD screw), see results/references.json.
@@ -81,7 +82,7 @@ def candidates(usual: Matching, available: int, *, more_references: bool, whole_
 
 
 def choose(contrasts: Mapping[Matching, float]) -> Matching:
-    """The one with the highest contrast, if it does so clearly better than the usual one.
+    """The one with the highest contrast, if it is clearly better than the usual one.
 
     Args:
         contrasts (Mapping[Matching, float]): Of :func:`candidates`, in their order.
@@ -122,9 +123,8 @@ def compare_matchings(
     try:
         device = model.foreground_estimator.projection.weight.device
         photographs = in_bank.to(device) // images.copies
-        asked = torch.linspace(0, len(images) - 1, min(ASKED_IMAGES, len(images))).round().long()
         scores: dict[Matching, list[Tensor]] = {option: [] for option in options}
-        for image in track(asked.tolist()):
+        for image in track(spread(len(images), ASKED_IMAGES).tolist()):
             good = images.take(torch.tensor([image]), device)
             foreground = model.foreground_estimator(model.feature_extractor(images.normalize(good))[0].float())
             anomalous, mask = synthesise(good, foreground, generator)
