@@ -248,6 +248,7 @@ VARIANTS = {
     "no displaced anomalies, as the paper": Variant({"displaced_anomalies": 0.0}),
     "30 % of the anomalies displaced": Variant({"displaced_anomalies": 0.3}),
     "10 references": Variant({"k": 10}),
+    "patches on their own, as the paper": Variant({"coherent_matching": False}),
     "boundaries of anomalies 4 times as often": Variant({"boundary_weight": 4.0}),
     "boundaries of anomalies 9 times as often": Variant({"boundary_weight": 9.0}),
     "copies turned by 4 degrees": Variant({"rotations": [-4, 4]}),

@@ -76,7 +76,7 @@ def looseness(queries: Sequence[Tensor], references: Sequence[Tensor]) -> float:
         own, others = F.normalize(query.float(), dim=0)[None], F.normalize(gallery.float(), dim=1)
         every = torch.arange(len(others), device=others.device)[None]
         for place, window in enumerate((generous_window(max(query.shape[1:])), WHOLE_MAP)):
-            distances = match(own, others, every, window).flatten()
+            distances = match(own, others, every, window).amin(1).flatten()
             count = max(1, round(LARGEST_SHARE * len(distances)))
             totals[place] += distances.topk(count).values.mean().double().cpu()
     # Identical images have no distances at all.

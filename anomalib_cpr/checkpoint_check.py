@@ -34,6 +34,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "window_sizes": (list,),
     "blur_sigma": (int, float),
     "follow_edges": (bool,),
+    "coherent_matching": (bool,),
     "training_paths": (list,),
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .coherence import coherent_distance
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
@@ -133,7 +134,7 @@ class Explanation:
 def best_match(query: Tensor, references: Tensor, window: int) -> Match:
     """Compare every patch with every reference and every place of the window, and remember the best.
 
-    The same minimum as :func:`anomalib_cpr.matching.match`, without its economy.
+    The same as :func:`anomalib_cpr.matching.match`, without its economy.
 
     Args:
         query (Tensor): Unit descriptors of shape ``(channels, height, width)``.
@@ -333,8 +334,11 @@ def _follow(
     copies: int,
 ) -> HotPatch:
     """Follow a hot pixel to the cells and matches that made it hot."""
-    fine, weight = matches[0].distance, torch.maximum(foreground, reference_foregrounds.amax(0))
-    coarse = F.interpolate(matches[1].distance[None, None], fine.shape, mode="bilinear")[0, 0]
+    shown = [match.distance[None, None] for match in matches]
+    if model.coherent_matching:
+        shown = [coherent_distance(match.per_reference[None]) for match in matches]
+    fine, weight = shown[0][0, 0], torch.maximum(foreground, reference_foregrounds.amax(0))
+    coarse = F.interpolate(shown[1], fine.shape, mode="bilinear")[0, 0]
     # The map is smoothed or follows edges: its peak lies within two cells of the cell that contributes most.
     row, column = pixel[0] // 4, pixel[1] // 4
     top, left = max(0, row - 2), max(0, column - 2)

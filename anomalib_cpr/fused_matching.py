@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local retrieval on a GPU as one Triton kernel: gather, matching and minimum without any temporary.
+"""Local retrieval on a GPU as one Triton kernel: gather and matching without any temporary.
 
 Optional: without Triton, or on a CPU, :mod:`anomalib_cpr.matching` does the same. Triton's interpreter
 (``TRITON_INTERPRET=1``) runs the kernel on a CPU, which is how it is tested where there is no GPU.
@@ -20,7 +20,7 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
     gallery,  # noqa: ANN001 - (gallery, height, width, channels), or half as many channels where PACKED
     scales,  # noqa: ANN001 - (gallery, height, width), or anything where HAS_SCALES is false
     references,  # noqa: ANN001 - (batch, k)
-    best,  # noqa: ANN001 - (batch, height, width)
+    best,  # noqa: ANN001 - (batch, k, height, width)
     k,  # noqa: ANN001
     height,  # noqa: ANN001
     width,  # noqa: ANN001
@@ -38,8 +38,8 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
     stored = (channels + 1) // 2 if PACKED else channels  # numbers of a descriptor in the gallery
     inside_image = cell < height * width
     own = (image.to(tl.int64) * height * width + cell)[:, None] * channels
-    largest = tl.full((CELLS,), -2.0, tl.float32)
     for index in range(k):
+        largest = tl.full((CELLS,), -2.0, tl.float32)
         reference = tl.load(references + image * k + index)
         for down in tl.static_range(-RADIUS, RADIUS + 1):
             for right in tl.static_range(-RADIUS, RADIUS + 1):
@@ -70,13 +70,13 @@ def _match_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's la
                 if HAS_SCALES:
                     similarity *= tl.load(scales + other_cell, mask=inside, other=0)
                 largest = tl.maximum(largest, tl.where(inside, similarity, -2.0))
-    tl.store(best + image.to(tl.int64) * height * width + cell, largest, mask=inside_image)
+        tl.store(best + (image.to(tl.int64) * k + index) * height * width + cell, largest, mask=inside_image)
 
 
 def match_fused(
     query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None
 ) -> Tensor:
-    """Largest cosine over references and window, in one kernel.
+    """Largest cosine over the window for each reference, in one kernel.
 
     Args:
         query (Tensor): Unit descriptors of shape ``(batch, channels, height, width)``.
@@ -87,7 +87,7 @@ def match_fused(
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, height, width)``, float32.
+        Tensor: Similarities of shape ``(batch, k, height, width)``, float32.
 
     Raises:
         ValueError: If the gallery is not channels last: making it so would copy the whole bank at each inference.
@@ -98,7 +98,7 @@ def match_fused(
             "The fused matching needs a gallery in channels_last memory format, as ReferenceBank holds it."
         )
     batch, channels, height, width = query.shape
-    best = query.new_empty(batch, height, width, dtype=torch.float32)
+    best = query.new_empty(batch, references.shape[1], height, width, dtype=torch.float32)
     grid = (triton.cdiv(height * width, CELLS), batch)
     _match_kernel[grid](
         query.detach().permute(0, 2, 3, 1).contiguous(),

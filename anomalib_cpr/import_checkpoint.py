@@ -165,7 +165,13 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **{**USUAL_MATCHING._asdict(), "blur_sigma": PAPER_SIGMA, "follow_edges": False, **arguments},
+        **{
+            **USUAL_MATCHING._asdict(),
+            "blur_sigma": PAPER_SIGMA,
+            "follow_edges": False,
+            "coherent_matching": False,
+            **arguments,
+        },
     )
     take_over(model.model, weights)
     if not weights.backbone:

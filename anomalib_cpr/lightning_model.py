@@ -75,8 +75,8 @@ from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_ste
 logger = logging.getLogger(__name__)
 
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
-# up to 4 maps were smooth; up to 5 nothing was said of the number of references.
-CHECKPOINT_FORMAT = 6
+# up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent.
+CHECKPOINT_FORMAT = 7
 USUAL_MATCHING = Matching(10, (3, 1))  # the paper's
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
@@ -115,6 +115,9 @@ class Cpr(AnomalibModule):
         follow_edges (bool | None): Let the map follow the edges of the image in place of smoothing it, so that defects
             are outlined more closely. Image scores are the same. None means yes in a training, and what its training
             had for a checkpoint; the paper's map is smooth.
+        coherent_matching (bool | None): On the map, neighbouring patches agree on the references that they are matched
+            with, which shows missing pieces better. Image scores are the same. None means yes for objects, no for
+            textures and loose parts, and what its training had for a checkpoint; the paper's patches are on their own.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -193,6 +196,7 @@ class Cpr(AnomalibModule):
         window_sizes: Sequence[int] | None = None,
         blur_sigma: float | None = None,
         follow_edges: bool | None = None,
+        coherent_matching: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -254,6 +258,7 @@ class Cpr(AnomalibModule):
                 window_sizes=USUAL_MATCHING.window_sizes if window_sizes is None else window_sizes,
                 blur_sigma=SIGMA if blur_sigma is None else blur_sigma,
                 follow_edges=follow_edges is not False,
+                coherent_matching=coherent_matching is not False,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -262,7 +267,9 @@ class Cpr(AnomalibModule):
                 bank_file=bank_file,
             )
         self._choose_k, self._choose_windows, self._loose = k is None, window_sizes is None, False
-        self._default_blur, self._default_outlines = blur_sigma is None, follow_edges is None
+        self._default_blur, self._default_outlines, self._choose_coherence = (
+            value is None for value in (blur_sigma, follow_edges, coherent_matching)
+        )
         self.clustering_backend = clustering_backend
         self.kind = kind
         self.anomaly_source_path = anomaly_source_path
@@ -472,6 +479,8 @@ class Cpr(AnomalibModule):
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
         self._loose = self._looks_loose(images, neighbours.cpu())
+        if self._choose_coherence:
+            self.model.coherent_matching = self.resolved_kind == "object" and not self._loose
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         synthesise.recoloured, synthesise.displaced = self._shares_of_the_image_itself()
@@ -847,6 +856,7 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"]["k"], checkpoint["cpr"]["window_sizes"] = self.model.k, list(self.model.window_sizes)
         checkpoint["cpr"]["blur_sigma"] = self.model.scorer.sigma
         checkpoint["cpr"]["follow_edges"] = self.model.follow_edges
+        checkpoint["cpr"]["coherent_matching"] = self.model.coherent_matching
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -876,6 +886,8 @@ class Cpr(AnomalibModule):
             self.model.scorer = Scorer(sigma=own.get("blur_sigma", PAPER_SIGMA)).to(self.device)
         if self._default_outlines:
             self.model.follow_edges = own.get("follow_edges", False)
+        if self._choose_coherence:
+            self.model.coherent_matching = own.get("coherent_matching", False)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local retrieval: the distance of every query patch to its best match at nearly the same place of the references.
+"""Local retrieval: the distance of every query patch to its best match at nearly the same place of each reference.
 
 There are four ways with one result:
 
-- :func:`match_shifts` is the definition: a running maximum over references and shifts. It runs anywhere and exports.
+- :func:`match_shifts` is the definition: a running maximum over shifts. It runs anywhere and exports.
 - :func:`match_cells` is for CPUs: matrix products of cache-sized pieces.
 - :func:`match_everywhere` is for a window that covers the map, for parts that lie anywhere.
 - :func:`anomalib_cpr.fused_matching.match_fused` is for GPUs, on request: one Triton kernel.
@@ -38,7 +38,7 @@ def match(
     *,
     fused: bool = False,
 ) -> Tensor:
-    """Smallest cosine distance over references and window.
+    """Smallest cosine distance over the window, for each reference.
 
     Positions outside the image never match. Not differentiable on a CPU.
 
@@ -52,7 +52,7 @@ def match(
         fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records.
 
     Returns:
-        Tensor: Distances in 0..2, of shape ``(batch, 1, height, width)``.
+        Tensor: Distances in 0..2, of shape ``(batch, k, height, width)``. The paper's is their minimum over ``k``.
 
     Raises:
         ValueError: If there are no references.
@@ -63,11 +63,11 @@ def match(
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
     if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
-        similarity = match_everywhere(query, gallery, references, scales)[:, None]
+        similarity = match_everywhere(query, gallery, references, scales)
     elif fused and not is_traced():
         from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
 
-        similarity = match_fused(query, gallery, references, window, scales)[:, None]
+        similarity = match_fused(query, gallery, references, window, scales)
     elif query.device.type == "cpu" and gallery.device.type == "cpu" and not is_traced():
         similarity = match_cells(query, gallery, references, window, scales)
     else:
@@ -79,7 +79,7 @@ def match(
 def match_shifts(
     query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None
 ) -> Tensor:
-    """Largest cosine over references and window, as a running maximum.
+    """Largest cosine over the window for each reference, as a running maximum.
 
     One reference per query at a time, or a few of many: each step is a part of an exported graph, which would grow out
     of bounds with them, and costs a GPU the start of some dozens of operations.
@@ -92,17 +92,20 @@ def match_shifts(
         scales (Tensor | None): Factors of an int8 gallery.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, 1, height, width)``.
+        Tensor: Similarities of shape ``(batch, k, height, width)``.
     """
     height, width = query.shape[-2:]
     references = references.to(gallery.device)
     shifts = [(down, right) for down in _shifts(window, height) for right in _shifts(window, width)]
-    best = query.new_full((), -2.0)
+    nothing = query.new_full((), -2.0)
+    found = []
     for chosen in references.split(_at_a_time(query, references.shape[1]), dim=1):
         some = _references(gallery, scales, chosen, query)
+        best = nothing
         for down, right in shifts:
             best = torch.maximum(best, _shifted_similarity(query, some, down, right, height, width))
-    return best
+        found.append(best)
+    return torch.cat(found, dim=1)
 
 
 def _at_a_time(query: Tensor, k: int) -> int:
@@ -122,7 +125,7 @@ def _references(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: T
 
 
 def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Largest cosine over all cells of the references: one matrix product, a piece of the query at a time.
+    """Largest cosine over all cells of each reference: one matrix product, a piece of the query at a time.
 
     Args:
         query (Tensor): See :func:`match`, as for the other arguments.
@@ -131,16 +134,16 @@ def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales:
         scales (Tensor | None): Factors of an int8 gallery.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, height, width)``.
+        Tensor: Similarities of shape ``(batch, k, height, width)``.
     """
     height, width = query.shape[-2:]
     pieces = query.flatten(2).transpose(1, 2).split(PIECE, dim=1)
     references = references.to(gallery.device)
-    best = [query.new_full((), -2.0)] * len(pieces)
+    found = []
     for k in range(references.shape[1]):
         cells = _references(gallery, scales, references[:, k : k + 1], query)[:, 0].flatten(2)
-        best = [torch.maximum(held, torch.bmm(piece, cells).amax(2)) for held, piece in zip(best, pieces, strict=True)]
-    return torch.cat(best, dim=1).unflatten(1, (height, width))
+        found.append(torch.cat([torch.bmm(piece, cells).amax(2) for piece in pieces], dim=1))
+    return torch.stack(found, dim=1).unflatten(2, (height, width))
 
 
 def _shifts(window: int, side: int) -> range:
@@ -150,11 +153,11 @@ def _shifts(window: int, side: int) -> range:
 
 
 def _shifted_similarity(query: Tensor, references: Tensor, down: int, right: int, height: int, width: int) -> Tensor:
-    """Cosine of each query cell with the cells ``down`` rows below and ``right`` columns beside it, the largest."""
+    """Cosine of each query cell with the cells ``down`` rows below and ``right`` columns beside it, per reference."""
     top, bottom, left, end = max(0, -down), height - max(0, down), max(0, -right), width - max(0, right)
     own = query[:, :, top:bottom, left:end]
     others = references[..., top + down : bottom + down, left + right : end + right]
-    similarity = (own[:, None] * others).sum(2).amax(1, keepdim=True)
+    similarity = (own[:, None] * others).sum(2)
     if down == 0 and right == 0:
         return similarity
     return F.pad(similarity, (left, width - end, top, height - bottom), value=-2.0)
@@ -163,7 +166,7 @@ def _shifted_similarity(query: Tensor, references: Tensor, down: int, right: int
 def match_cells(
     query: Tensor, gallery: Tensor, references: Tensor, window: int, scales: Tensor | None = None
 ) -> Tensor:
-    """Largest cosine over references and window, as matrix products of cache-sized pieces.
+    """Largest cosine over the window for each reference, as matrix products of cache-sized pieces.
 
     The descriptors of a few rows are laid out as one sequence of cells, with all K references side by side at each
     cell. What a cell is compared with in one row of its window is then one piece of memory, and all of it one product::
@@ -181,12 +184,12 @@ def match_cells(
         scales (Tensor | None): Factors of an int8 gallery.
 
     Returns:
-        Tensor: Similarities of shape ``(batch, 1, height, width)``.
+        Tensor: Similarities of shape ``(batch, k, height, width)``, references last in memory.
     """
     query = query.detach().permute(0, 2, 3, 1).contiguous()
     gallery = gallery.permute(0, 2, 3, 1)
     factors = None if scales is None else scales[:, 0]
-    best = query.new_full(query.shape[:3], -2.0)
+    best = query.new_full((*query.shape[:3], references.shape[1]), -2.0)
     # Image by image: each has references of its own, and the batch size changes nothing.
     # Of each image a band of rows per thread: the products are too small for torch to share out.
     bands = [range(*band) for band in _bands(query.shape[1], torch.get_num_threads())]
@@ -198,7 +201,7 @@ def match_cells(
             for band in bands
         ]
     )
-    return best[:, None]
+    return best.permute(0, 3, 1, 2)
 
 
 def _groups(references: list[int], most: int) -> list[list[int]]:
@@ -222,9 +225,11 @@ def _match_band(
     best: Tensor,
     band: range,
 ) -> None:
-    """Match rows of one query, ``(height, width, channels)``, and raise those of ``best``, ``(height, width)``."""
+    """Match rows of one query, ``(height, width, channels)``, and raise those of ``best``, ``(height, width, k)``."""
+    matched = 0
     for chosen in groups:
-        _match_group(query, gallery, chosen, window, factors, best, band)
+        _match_group(query, gallery, chosen, window, factors, best[..., matched : matched + len(chosen)], band)
+        matched += len(chosen)
 
 
 def _match_group(
@@ -274,7 +279,7 @@ def _match_group(
             products = torch.bmm(own, around.transpose(1, 2))[:, 0]
             if held_factors is not None:
                 products *= held_factors.as_strided((cells, reach * k), (k, 1), start)
-            similarity = products.view(bottom - top, width, reach, k).amax(3)
+            similarity = products.view(bottom - top, width, reach, k)
             upper, lower = max(top, -row_shift), min(bottom, height - row_shift)
             for column_shift in range(-right, right + 1):
                 left, end = max(0, -column_shift), width - max(0, column_shift)

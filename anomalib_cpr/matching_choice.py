@@ -112,7 +112,7 @@ def compare_matchings(
         in_bank (Tensor): Which of them the bank holds, in its order, ``(count,)``, CPU.
         synthesise (SyntheticAnomalyGenerator): Makes the anomalies.
         generator (torch.Generator): On the CPU; every choice comes from it.
-        options (Sequence[Matching]): Ways to compare; of those with the same windows the fewest references first.
+        options (Sequence[Matching]): Ways to compare, those with the same windows side by side.
         track (Callable): Wraps the iteration, for a progress bar.
 
     Returns:
@@ -155,12 +155,9 @@ def _scores(
         size = (queries.shape[-2], queries.shape[-1])
         for windows, ways in groupby(options, key=lambda option: option.window_sizes):
             gallery = list(zip(descriptors, model.bank.descriptors, windows, model.bank.scales, strict=True))
-            nearest: list[Tensor] = []
-            matched = 0
-            for option in ways:  # the matches with ten references are among those with twenty
-                further = references[:, matched : option.k]
-                if further.shape[1]:
-                    found = [match(query, held, further, window, scale) for query, held, window, scale in gallery]
-                    nearest = [torch.minimum(*pair) for pair in zip(nearest, found, strict=True)] if nearest else found
-                    matched += further.shape[1]
-                yield option, model.scorer(nearest, foregrounds[:, : 1 + matched], size)[1]
+            asked = list(ways)
+            chosen = references[:, : max(option.k for option in asked)]
+            found = [match(query, held, chosen, window, scale) for query, held, window, scale in gallery]
+            for option in asked:  # the matches with ten references are among those with twenty
+                nearest = [distance[:, : option.k] for distance in found]
+                yield option, model.scorer(nearest, foregrounds[:, : 1 + nearest[0].shape[1]], size)[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from .coherence import coherent_distance
 from .outline import follow_edges
 
 TOP_SHARE = 512 / 320**2
@@ -50,31 +51,38 @@ class Scorer(nn.Module):
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
     def forward(
-        self, distances: Sequence[Tensor], foregrounds: Tensor, size: tuple[int, int], images: Tensor | None = None
+        self,
+        distances: Sequence[Tensor],
+        foregrounds: Tensor,
+        size: tuple[int, int],
+        images: Tensor | None = None,
+        *,
+        coherent: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
         Args:
-            distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first,
-                ``(batch, 1, height_i, width_i)``.
+            distances (Sequence[Tensor]): Cosine distances to each reference, 0..2, of each scale, finest first,
+                ``(batch, k, height_i, width_i)``.
             foregrounds (Tensor): Foregrounds of query and references, ``(batch, any number, height_0, width_0)``.
             size (tuple[int, int]): Height and width of the image, in pixels.
             images (Tensor | None): The images, ``(batch, 3, height, width)``, for a map that follows their edges; None
-                for the paper's smooth map. The scores are those of the smooth map either way.
+                for the paper's smooth map.
+            coherent (bool): Neighbours agree on references, see :mod:`anomalib_cpr.coherence`; the paper's do not.
+                The scores are those of the paper's smooth map either way.
 
         Returns:
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
         """
-        cells = distances[0].shape[-2:]
-        # A sum, not the mean of a stack: one operation less that an export could round.
-        total = reduce(torch.add, [F.interpolate(distance, cells, mode="bilinear") for distance in distances])
-        fused = total / (2 * len(distances))
         # The largest of the enlarged maps, as the authors do it; the largest, enlarged, is more between cells.
         foreground = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
-        anomaly_map = F.interpolate(fused, size, mode="bilinear") * foreground
+        anomaly_map = fuse([distance.amin(1, keepdim=True) for distance in distances], size) * foreground
         smooth = self.blur(anomaly_map)
         count = max(1, round(self.top_share * size[0] * size[1]))
         top = smooth.flatten(1).topk(count, dim=1, sorted=False).values
+        if coherent:
+            anomaly_map = fuse([coherent_distance(distance) for distance in distances], size) * foreground
+            smooth = self.blur(anomaly_map) if images is None else smooth
         return smooth if images is None else follow_edges(anomaly_map, images), top.mean(1)
 
     def blur(self, image: Tensor) -> Tensor:
@@ -85,3 +93,20 @@ class Scorer(nn.Module):
             mode = "reflect" if image.shape[dimension] > radius else "replicate"
             image = F.conv2d(F.pad(image, pad, mode=mode), self.kernel.view(shape))
         return image
+
+
+def fuse(distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Mean of the scales, halved.
+
+    Args:
+        distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first,
+            ``(batch, 1, height_i, width_i)``.
+        size (tuple[int, int]): Height and width of the image, in pixels.
+
+    Returns:
+        Tensor: In 0..1, ``(batch, 1, height, width)``.
+    """
+    cells = distances[0].shape[-2:]
+    # A sum, not the mean of a stack: one operation less that an export could round.
+    total = reduce(torch.add, [F.interpolate(distance, cells, mode="bilinear") for distance in distances])
+    return F.interpolate(total / (2 * len(distances)), size, mode="bilinear")

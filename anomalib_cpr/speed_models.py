@@ -94,7 +94,7 @@ class NaiveCpr(nn.Module):
 
 
 def naive_match(query: Tensor, references: Tensor, window: int) -> Tensor:
-    """Smallest distance by unfolding.
+    """Smallest distance to each reference by unfolding.
 
     Args:
         query (Tensor): Unit descriptors of shape ``(channels, height, width)``.
@@ -102,14 +102,14 @@ def naive_match(query: Tensor, references: Tensor, window: int) -> Tensor:
         window (int): Side of the window.
 
     Returns:
-        Tensor: Distances of shape ``(1, height, width)``.
+        Tensor: Distances of shape ``(k, height, width)``.
     """
     k, channels, height, width = references.shape
     unfolded = F.unfold(references, window, padding=window // 2).view(k, channels, window**2, height, width)
     similarity = (query[None, :, None] * unfolded).sum(1)
     inside = F.unfold(references.new_ones(1, 1, height, width), window, padding=window // 2)
     similarity = similarity.masked_fill(inside.view(1, window**2, height, width) == 0, -2.0)
-    return (1 - similarity.flatten(0, 1).amax(0, keepdim=True)).clamp(0, 2)
+    return (1 - similarity.amax(1)).clamp(0, 2)
 
 
 def cpr_stages(model: CprModel, images: Tensor, lap: Callable[[str], None]) -> InferenceBatch:

@@ -38,6 +38,7 @@ class CprModel(nn.Module):
             map, for parts that lie anywhere.
         blur_sigma (float): Of the Gaussian that smooths the map, in pixels.
         follow_edges (bool): Let the map follow the edges of the image in place of smoothing it. Scores are the same.
+        coherent_matching (bool): On the map, neighbouring patches agree on references. Scores are the same.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the bank stores descriptors: 4, 2, 1 or half a
@@ -64,6 +65,7 @@ class CprModel(nn.Module):
         window_sizes: Sequence[int] = (3, 1),
         blur_sigma: float = SIGMA,
         follow_edges: bool = True,
+        coherent_matching: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
         bank_dtype: BankDtype = "float32",
@@ -91,6 +93,7 @@ class CprModel(nn.Module):
         self.k = k
         self.window_sizes = tuple(window_sizes)
         self.follow_edges = follow_edges
+        self.coherent_matching = coherent_matching
         self.fused_matching = False  # set it to match with a Triton kernel; on a CUDA device only
 
         self.feature_extractor = FeatureExtractor(backbone, layers)
@@ -124,7 +127,8 @@ class CprModel(nn.Module):
 
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(batch,)`` and ``anomaly_map`` of shape
-                ``(batch, 1, height, width)``, both in 0..1, 0 meaning that every patch was found on the references.
+                ``(batch, 1, height, width)``, both in 0..1; a score of 0 means that every patch was found on the
+                references.
                 A pixel that is NaN or infinite is 1 on the map, and so is the score of its image: what was not seen
                 must not pass as good, as NaN would (it exceeds no threshold), in an exported file as well.
 
@@ -176,14 +180,14 @@ class CprModel(nn.Module):
         return references, torch.cat([foreground, self.bank.foregrounds_of(references)], dim=1)
 
     def match(self, queries: Sequence[Tensor], references: Tensor) -> list[Tensor]:
-        """Distance of each cell to its best match on the references, per scale.
+        """Distance of each cell to its best match on each of the references, per scale.
 
         Args:
             queries (Sequence[Tensor]): Descriptors of both scales.
             references (Tensor): Indices into the bank, ``(batch, k)``.
 
         Returns:
-            list[Tensor]: Distances 0..2, ``(batch, 1, height_i, width_i)``.
+            list[Tensor]: Distances 0..2, ``(batch, k, height_i, width_i)``.
         """
         return [
             match(query, gallery, references, window, scales, fused=self.fused_matching)
@@ -196,14 +200,15 @@ class CprModel(nn.Module):
         """Anomaly map and image score.
 
         Args:
-            distances (Sequence[Tensor]): Of each scale, ``(batch, 1, height_i, width_i)``.
+            distances (Sequence[Tensor]): To each reference, of each scale, ``(batch, k, height_i, width_i)``.
             foregrounds (Tensor): Of query and references, ``(batch, any number, height / 4, width / 4)``.
             images (Tensor): Normalised images, ``(batch, 3, height, width)``.
 
         Returns:
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
         """
-        return self.scorer(distances, foregrounds, images.shape[-2:], images if self.follow_edges else None)
+        outlined = images if self.follow_edges else None
+        return self.scorer(distances, foregrounds, images.shape[-2:], outlined, coherent=self.coherent_matching)
 
     @torch.no_grad()
     def remember(

@@ -175,7 +175,8 @@ def test_references_and_windows_are_chosen_by_evidence(
 def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
     """To whoever names none: the threshold in it belongs to them. As do the authors' values to their checkpoints."""
     engine(max_steps=1).fit(
-        tiny_model(k=4, window_sizes=[5, 3], blur_sigma=4, follow_edges=False), datamodule=tiny_datamodule
+        tiny_model(k=4, window_sizes=[5, 3], blur_sigma=4, follow_edges=False, coherent_matching=False),
+        datamodule=tiny_datamodule,
     )
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     model = tiny_model(k=None)
@@ -183,11 +184,27 @@ def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine,
     assert (model.model.k, model.model.window_sizes) == (4, (5, 3))
     assert model.model.scorer.kernel.numel() == 33
     assert not model.model.follow_edges
-    other = tiny_model(window_sizes=[1, 1], blur_sigma=1, follow_edges=True)
+    assert not model.model.coherent_matching
+    other = tiny_model(window_sizes=[1, 1], blur_sigma=1, follow_edges=True, coherent_matching=True)
     engine().test(other, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
     assert other.model.window_sizes == (1, 1)
     assert other.model.scorer.kernel.numel() == 9
     assert other.model.follow_edges
+    assert other.model.coherent_matching
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [("object", None, True), ("texture", None, False), ("texture", True, True), ("object", False, False)],
+)
+def test_neighbours_agree_on_references_of_objects(
+    kind, given, expected, engine, tiny_model, tiny_datamodule, tmp_path
+):
+    model = tiny_model(kind=kind, coherent_matching=given)
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    assert model.model.coherent_matching is expected
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    assert Cpr.load_from_checkpoint(checkpoint, coherent_matching=None).model.coherent_matching is expected
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ from anomalib_cpr.quantisation import pack, quantise, restore
 def slow_match(query, gallery, references, window):
     """Every cell, every reference, every shift, one by one."""
     batch, _, height, width = query.shape
-    result = torch.empty(batch, 1, height, width)
+    result = torch.empty(batch, references.shape[1], height, width)
     for image in range(batch):
         for row in range(height):
             for column in range(width):
-                best = -2.0
-                for reference in references[image].tolist():
+                for rank, reference in enumerate(references[image].tolist()):
+                    best = -2.0
                     for down in range(-(window // 2), window // 2 + 1):
                         for right in range(-(window // 2), window // 2 + 1):
                             y, x = row + down, column + right
                             if 0 <= y < height and 0 <= x < width:
                                 dot = float(query[image, :, row, column] @ gallery[reference, :, y, x])
                                 best = max(best, dot)
-                result[image, 0, row, column] = 1 - best
+                    result[image, rank, row, column] = 1 - best
     return result
 
 
@@ -32,7 +32,7 @@ def slow_match(query, gallery, references, window):
     ("height", "width", "window", "k"),
     [(5, 5, 3, 2), (4, 7, 1, 3), (3, 6, 5, 1), (1, 1, 3, 2), (2, 3, 7, 2), (9, 8, 3, 4), (11, 6, 5, 2)],
 )
-def test_smallest_distance_over_references_and_window(height, width, window, k, chunk_bytes, way, monkeypatch):
+def test_smallest_distance_over_the_window_for_each_reference(height, width, window, k, chunk_bytes, way, monkeypatch):
     monkeypatch.setattr(matching, "CHUNK_BYTES", chunk_bytes)
     generator = torch.Generator().manual_seed(0)
     query = F.normalize(torch.randn(2, 8, height, width, generator=generator), dim=1)

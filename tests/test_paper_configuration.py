@@ -22,6 +22,7 @@ def test_values_are_those_of_the_authors_code():
         "window_sizes": [3, 1],
         "blur_sigma": 4.0,
         "follow_edges": False,
+        "coherent_matching": False,
         "codebook_size": 12,
         "blocks": 5,
         "kind": "auto",

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import TINY_BACKBONE
+from test_coherence import slow_coherent_distance
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr.outline import follow_edges
@@ -30,31 +31,40 @@ def test_cascade_against_a_plain_one(images):
     """The whole method once more, image by image, written down as the paper says it."""
     model = make_model(images)
     queries = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
-    followed = model(queries)
-    model.follow_edges = False
-    result = model(queries)
-    assert torch.equal(followed.pred_score, result.pred_score)
+    results = {}
+    for coherent in (True, False):
+        for followed in (True, False):
+            model.coherent_matching, model.follow_edges = coherent, followed
+            results[coherent, followed] = model(queries)
+    result = results[False, False]
+    assert all(torch.equal(one.pred_score, result.pred_score) for one in results.values())
     references = [_describe(model, image[None]) for image in images]
     for index, query in enumerate(queries):
         histogram, foreground, descriptors = _describe(model, query[None])
         order = sorted(range(5), key=lambda i: _block_distance(histogram, references[i][0]))[:3]
-        total = 0
+        nearest = agreed = 0
         for scale, window in ((0, 3), (1, 1)):
-            best = torch.full(descriptors[scale].shape[-2:], 9.0)
+            found = []
             for reference in order:
+                best = torch.full(descriptors[scale].shape[-2:], 9.0)
                 padded = F.pad(references[reference][2][scale], [window // 2] * 4, value=float("nan"))
                 for down in range(window):
                     for right in range(window):
                         other = padded[:, :, down : down + best.shape[0], right : right + best.shape[1]]
                         distance = 1 - (descriptors[scale] * other).sum(1)[0]
                         best = torch.where(distance < best, distance, best)
-            total = total + F.interpolate(best[None, None], (16, 24), mode="bilinear") / 4
+                found.append(best)
+            together = torch.from_numpy(slow_coherent_distance(torch.stack(found).double().numpy())).float()
+            nearest = nearest + F.interpolate(torch.stack(found).amin(0)[None, None], (16, 24), mode="bilinear") / 4
+            agreed = agreed + F.interpolate(together[None, None], (16, 24), mode="bilinear") / 4
         masks = [foreground, *[references[i][1] for i in order]]
         mask = torch.stack([F.interpolate(one, (64, 96), mode="bilinear") for one in masks]).amax(0)
-        pixels = F.interpolate(total, (64, 96), mode="bilinear") * mask
-        torch.testing.assert_close(followed.anomaly_map[index], follow_edges(pixels, query[None])[0])
-        expected = _blur(pixels)
-        assert torch.allclose(result.anomaly_map[index], expected[0], atol=1e-5)
+        for coherent, total in ((True, agreed), (False, nearest)):
+            pixels = F.interpolate(total, (64, 96), mode="bilinear") * mask
+            followed = results[coherent, True].anomaly_map[index]
+            torch.testing.assert_close(followed, follow_edges(pixels, query[None])[0], atol=1e-5, rtol=1e-5)
+            expected = _blur(pixels)
+            assert torch.allclose(results[coherent, False].anomaly_map[index], expected[0], atol=1e-5)
         assert result.pred_score[index].item() == pytest.approx(
             expected.flatten().sort().values[-round(64 * 96 / 200) :].mean().item(), abs=1e-5
         )
@@ -86,6 +96,10 @@ def test_known_images_are_normal(images):
     model = make_model(images)
     with torch.no_grad():
         model.foreground_estimator.disable()
+    result = model(images)
+    assert result.pred_score.max() < 1e-5
+    assert result.anomaly_map.max() < 0.01  # others that fit nearly as well have a say
+    model.coherent_matching = False
     assert model(images).anomaly_map.max() < 1e-5
 
 
