@@ -322,6 +322,8 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "kind": model.resolved_kind,
         "k": model.model.k,
         "window_sizes": list(model.model.window_sizes),
+        "follow_edges": model.model.follow_edges,
+        "coherent_matching": model.model.coherent_matching,
         "commit": options.commit or commit(),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
         "fit_seconds": round(seconds, 1),
