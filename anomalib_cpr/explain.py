@@ -115,6 +115,8 @@ class Explanation:
         foreground (Tensor): Of the query, ``(height / 4, width / 4)``.
         reference_foregrounds (Tensor): ``(k, height / 4, width / 4)``.
         matches (list[Match]): Per scale, finest first.
+        distances (list[Tensor]): What the map is made of, per scale, ``(height, width)``: those of the matches, or,
+            with coherent matching, those on which neighbours agree.
         patches (list[HotPatch]): The hottest first.
     """
 
@@ -128,6 +130,7 @@ class Explanation:
     foreground: Tensor
     reference_foregrounds: Tensor
     matches: list[Match]
+    distances: list[Tensor]
     patches: list[HotPatch]
 
 
@@ -227,6 +230,9 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
         best_match(query[0], stored_descriptors(model, scale, references), window)
         for scale, (query, window) in enumerate(zip(model.describe(features), model.window_sizes, strict=True))
     ]
+    shown = [match.distance for match in matches]
+    if model.coherent_matching:
+        shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
     foreground, reference_foregrounds = foregrounds[0, 0], foregrounds[0, 1:]
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
@@ -237,6 +243,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
             float(anomaly_map[pixel]),
             references,
             matches,
+            shown,
             foreground,
             reference_foregrounds,
             unlike,
@@ -255,6 +262,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
         foreground=foreground.cpu(),
         reference_foregrounds=reference_foregrounds.cpu(),
         matches=[Match(**{name: value.cpu() for name, value in vars(match).items()}) for match in matches],
+        distances=[distance.cpu() for distance in shown],
         patches=hot,
     )
 
@@ -328,17 +336,15 @@ def _follow(
     value: float,
     references: Tensor,
     matches: Sequence[Match],
+    distances: Sequence[Tensor],
     foreground: Tensor,
     reference_foregrounds: Tensor,
     unlike: float,
     copies: int,
 ) -> HotPatch:
     """Follow a hot pixel to the cells and matches that made it hot."""
-    shown = [match.distance[None, None] for match in matches]
-    if model.coherent_matching:
-        shown = [coherent_distance(match.per_reference[None]) for match in matches]
-    fine, weight = shown[0][0, 0], torch.maximum(foreground, reference_foregrounds.amax(0))
-    coarse = F.interpolate(shown[1], fine.shape, mode="bilinear")[0, 0]
+    fine, weight = distances[0], torch.maximum(foreground, reference_foregrounds.amax(0))
+    coarse = F.interpolate(distances[1][None, None], fine.shape, mode="bilinear")[0, 0]
     # The map is smoothed or follows edges: its peak lies within two cells of the cell that contributes most.
     row, column = pixel[0] // 4, pixel[1] // 4
     top, left = max(0, row - 2), max(0, column - 2)

@@ -185,11 +185,9 @@ def _draw_maps(
         outline(axes[0], explanation.anomaly_map > threshold, "#56B4E9", 1.0)
     if mask is not None:
         outline(axes[0], mask, "white", 0.8)
-    largest = max(float(match.distance.max()) for match in explanation.matches)
-    for index, match in enumerate(explanation.matches):
-        show_map(
-            axes[1 + index], match.distance, f"Distance, stride {4 * 2**index}", (0, max(largest, 1e-6)), size=size
-        )
+    largest = max(float(distance.max()) for distance in explanation.distances)
+    for index, distance in enumerate(explanation.distances):
+        show_map(axes[1 + index], distance, f"Distance, stride {4 * 2**index}", (0, max(largest, 1e-6)), size=size)
     show_map(axes[3], explanation.foreground, "Foreground: query", (0, 1), colours=SHARE_COLOURS, size=size)
     show_map(axes[4], foreground_in_use(explanation), "with references, as used", (0, 1), colours=SHARE_COLOURS)
     for number, patch in enumerate(explanation.patches):
