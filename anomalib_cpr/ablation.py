@@ -316,7 +316,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "descriptor_channels": options.channels,
         "textures": "procedural" if options.textures is None else options.textures_name,
         "backbone": "densenet201",
-        "backbone_weights": options.weights_name,
+        "backbone_weights": options.weights_name or ("random" if options.weights is None else options.weights.name),
         "held_out": options.held_out,
         "training_precision": model.training_precision,
         "kind": model.resolved_kind,
@@ -480,7 +480,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--textures-name", default="a folder", help="what to call them in the results")
     parser.add_argument("--channels", type=int, default=64, help="of the descriptors")
     parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
-    parser.add_argument("--weights-name", default="random", help="what to call them in the results")
+    parser.add_argument("--weights-name", help="what to call them in the results; otherwise the file's name")
     parser.add_argument("--variants", nargs="+", default=SHORT_TRAINING)
     parser.add_argument("--categories", nargs="+", default=["gear", "bracket"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
