@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .alignment import spread
 from .coherence import coherent_distance
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
@@ -315,7 +316,7 @@ def usual_distances(histograms: Tensor, copies: int = 1) -> Tensor:
     count = len(histograms)
     if count <= copies:
         return torch.zeros(0)
-    chosen = torch.linspace(0, count - 1, min(count, SURVEYED)).round().long().to(histograms.device)
+    chosen = spread(count, SURVEYED).to(histograms.device)
     nearest = []
     for part in chosen.split(64):
         distances = _distances_to_others(histograms, part, copies)
