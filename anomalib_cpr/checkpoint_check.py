@@ -35,6 +35,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "blur_sigma": (int, float),
     "follow_edges": (bool,),
     "coherent_matching": (bool,),
+    "relative_to_image": (bool,),
     "training_paths": (list,),
 }
 

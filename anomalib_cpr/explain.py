@@ -23,6 +23,8 @@ from .gallery_pictures import ImageReader, find_training_images, identify_galler
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
 from .quantisation import restore
+from .relative import share_that_counts
+from .scoring import fuse
 from .torch_model import CprModel
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class Explanation:
         matches (list[Match]): Per scale, finest first.
         distances (list[Tensor]): What the map is made of, per scale, ``(height, width)``: those of the matches, or,
             with coherent matching, those on which neighbours agree.
+        share (float): By which these were multiplied, since they are judged relative to the image; 1 if they are not.
         patches (list[HotPatch]): The hottest first.
     """
 
@@ -132,6 +135,7 @@ class Explanation:
     reference_foregrounds: Tensor
     matches: list[Match]
     distances: list[Tensor]
+    share: float
     patches: list[HotPatch]
 
 
@@ -234,6 +238,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     shown = [match.distance for match in matches]
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
+    nearest = fuse([match.distance[None, None] for match in matches], (image.shape[-2], image.shape[-1]))
     foreground, reference_foregrounds = foregrounds[0, 0], foregrounds[0, 1:]
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
@@ -264,6 +269,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
         reference_foregrounds=reference_foregrounds.cpu(),
         matches=[Match(**{name: value.cpu() for name, value in vars(match).items()}) for match in matches],
         distances=[distance.cpu() for distance in shown],
+        share=float(share_that_counts(nearest)) if model.relative_to_image else 1.0,
         patches=hot,
     )
 

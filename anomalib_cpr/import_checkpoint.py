@@ -170,6 +170,7 @@ def import_checkpoint(
             "blur_sigma": PAPER_SIGMA,
             "follow_edges": False,
             "coherent_matching": False,
+            "relative_to_image": False,
             **arguments,
         },
     )

@@ -75,8 +75,9 @@ from .training_steps import StepLoader, StepPlan, learning_rate_factor, plan_ste
 logger = logging.getLogger(__name__)
 
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
-# up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent.
-CHECKPOINT_FORMAT = 7
+# up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
+# up to 7 distances were absolute, and outlines knew nothing of the largest value of the image.
+CHECKPOINT_FORMAT = 8
 USUAL_MATCHING = Matching(10, (3, 1))  # the paper's
 IMAGE_SIZE = (320, 320)
 CENTRING_IMAGES = 16
@@ -118,6 +119,9 @@ class Cpr(AnomalibModule):
         coherent_matching (bool | None): On the map, neighbouring patches agree on the references that they are matched
             with, which shows missing pieces better. Image scores are the same. None means yes for objects, no for
             textures and loose parts, and what its training had for a checkpoint; the paper's patches are on their own.
+        relative_to_image (bool | None): Distances count in proportion to how far the image is from its references as a
+            whole, background included, so that another lamp is no anomaly. None means yes in a training, and what its
+            training had for a checkpoint; the paper's count as they are.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         clustering_backend (Literal["sklearn", "faiss"]): Learns codebook and foreground. faiss is an extra; its
@@ -197,6 +201,7 @@ class Cpr(AnomalibModule):
         blur_sigma: float | None = None,
         follow_edges: bool | None = None,
         coherent_matching: bool | None = None,
+        relative_to_image: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
         clustering_backend: ClusteringBackend = "sklearn",
@@ -259,6 +264,7 @@ class Cpr(AnomalibModule):
                 blur_sigma=SIGMA if blur_sigma is None else blur_sigma,
                 follow_edges=follow_edges is not False,
                 coherent_matching=coherent_matching is not False,
+                relative_to_image=relative_to_image is not False,
                 codebook_size=codebook_size,
                 blocks=blocks,
                 bank_dtype=bank_dtype,
@@ -267,8 +273,8 @@ class Cpr(AnomalibModule):
                 bank_file=bank_file,
             )
         self._choose_k, self._choose_windows, self._loose = k is None, window_sizes is None, False
-        self._default_blur, self._default_outlines, self._choose_coherence = (
-            value is None for value in (blur_sigma, follow_edges, coherent_matching)
+        self._default_blur, self._default_outlines, self._choose_coherence, self._default_relative = (
+            value is None for value in (blur_sigma, follow_edges, coherent_matching, relative_to_image)
         )
         self.clustering_backend = clustering_backend
         self.kind = kind
@@ -857,6 +863,7 @@ class Cpr(AnomalibModule):
         checkpoint["cpr"]["blur_sigma"] = self.model.scorer.sigma
         checkpoint["cpr"]["follow_edges"] = self.model.follow_edges
         checkpoint["cpr"]["coherent_matching"] = self.model.coherent_matching
+        checkpoint["cpr"]["relative_to_image"] = self.model.relative_to_image
         checkpoint["cpr"]["training_images"] = self._trained_on
         # By which `anomalib-cpr explain` finds the pictures of the references.
         checkpoint["cpr"]["training_paths"] = self.training_paths
@@ -878,6 +885,15 @@ class Cpr(AnomalibModule):
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
         self.held_out = own.get("held_out", self.held_out)
+        self._score_as_trained(own)
+        # The trainer reads a checkpoint after `setup`, but before it asks for data.
+        if trainer is not None and not trainer.predicting:
+            self._hold_out(getattr(trainer, "datamodule", None))
+        self._trained_on = own.get("training_images")
+        self.training_paths = list(own.get("training_paths", []))
+
+    def _score_as_trained(self, own: dict[str, Any]) -> None:
+        """Take from the checkpoint what its thresholds belong to, but for arguments that were given."""
         if self._choose_k:
             self.model.k = own.get("k", USUAL_MATCHING.k)
         if self._choose_windows:
@@ -888,11 +904,8 @@ class Cpr(AnomalibModule):
             self.model.follow_edges = own.get("follow_edges", False)
         if self._choose_coherence:
             self.model.coherent_matching = own.get("coherent_matching", False)
-        # The trainer reads a checkpoint after `setup`, but before it asks for data.
-        if trainer is not None and not trainer.predicting:
-            self._hold_out(getattr(trainer, "datamodule", None))
-        self._trained_on = own.get("training_images")
-        self.training_paths = list(own.get("training_paths", []))
+        if self._default_relative:
+            self.model.relative_to_image = own.get("relative_to_image", False)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Cpr":  # type: ignore[override]  # noqa: ANN401

@@ -160,4 +160,5 @@ def _scores(
             found = [match(query, held, chosen, window, scale) for query, held, window, scale in gallery]
             for option in asked:  # the matches with ten references are among those with twenty
                 nearest = [distance[:, : option.k] for distance in found]
-                yield option, model.scorer(nearest, foregrounds[:, : 1 + nearest[0].shape[1]], size)[1]
+                own_foregrounds = foregrounds[:, : 1 + nearest[0].shape[1]]
+                yield option, model.scorer(nearest, own_foregrounds, size, relative=model.relative_to_image)[1]

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .coherence import coherent_distance
 from .outline import follow_edges
+from .relative import lower_the_rest, share_that_counts
 
 TOP_SHARE = 512 / 320**2
 PAPER_SIGMA = 4.0
@@ -58,6 +59,7 @@ class Scorer(nn.Module):
         images: Tensor | None = None,
         *,
         coherent: bool = False,
+        relative: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
@@ -70,20 +72,26 @@ class Scorer(nn.Module):
                 for the paper's smooth map.
             coherent (bool): Neighbours agree on references, see :mod:`anomalib_cpr.coherence`; the paper's do not.
                 The scores are those of the paper's smooth map either way.
+            relative (bool): What distances mean depends on the image, see :mod:`anomalib_cpr.relative`; in the paper
+                they count as they are.
 
         Returns:
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
         """
         # The largest of the enlarged maps, as the authors do it; the largest, enlarged, is more between cells.
         foreground = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
-        anomaly_map = fuse([distance.amin(1, keepdim=True) for distance in distances], size) * foreground
+        nearest = fuse([distance.amin(1, keepdim=True) for distance in distances], size)
+        if relative:
+            foreground = foreground * share_that_counts(nearest)
+        anomaly_map = nearest * foreground
         smooth = self.blur(anomaly_map)
         count = max(1, round(self.top_share * size[0] * size[1]))
         top = smooth.flatten(1).topk(count, dim=1, sorted=False).values
         if coherent:
             anomaly_map = fuse([coherent_distance(distance) for distance in distances], size) * foreground
             smooth = self.blur(anomaly_map) if images is None else smooth
-        return smooth if images is None else follow_edges(anomaly_map, images), top.mean(1)
+        shown = smooth if images is None else follow_edges(anomaly_map, images)
+        return lower_the_rest(shown) if relative else shown, top.mean(1)
 
     def blur(self, image: Tensor) -> Tensor:
         """Gaussian blur, separable, mirrored at the borders; narrow images are extended by their edge instead."""

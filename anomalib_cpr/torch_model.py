@@ -39,6 +39,7 @@ class CprModel(nn.Module):
         blur_sigma (float): Of the Gaussian that smooths the map, in pixels.
         follow_edges (bool): Let the map follow the edges of the image in place of smoothing it. Scores are the same.
         coherent_matching (bool): On the map, neighbouring patches agree on references. Scores are the same.
+        relative_to_image (bool): Distances count in proportion to how far the image is from its references as a whole.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
         bank_dtype (Literal["float32", "float16", "int8", "int4"]): How the bank stores descriptors: 4, 2, 1 or half a
@@ -66,6 +67,7 @@ class CprModel(nn.Module):
         blur_sigma: float = SIGMA,
         follow_edges: bool = True,
         coherent_matching: bool = True,
+        relative_to_image: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
         bank_dtype: BankDtype = "float32",
@@ -94,6 +96,7 @@ class CprModel(nn.Module):
         self.window_sizes = tuple(window_sizes)
         self.follow_edges = follow_edges
         self.coherent_matching = coherent_matching
+        self.relative_to_image = relative_to_image
         self.fused_matching = False  # set it to match with a Triton kernel; on a CUDA device only
 
         self.feature_extractor = FeatureExtractor(backbone, layers)
@@ -208,7 +211,14 @@ class CprModel(nn.Module):
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
         """
         outlined = images if self.follow_edges else None
-        return self.scorer(distances, foregrounds, images.shape[-2:], outlined, coherent=self.coherent_matching)
+        return self.scorer(
+            distances,
+            foregrounds,
+            images.shape[-2:],
+            outlined,
+            coherent=self.coherent_matching,
+            relative=self.relative_to_image,
+        )
 
     @torch.no_grad()
     def remember(

@@ -30,6 +30,7 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert row["training_precision"] == "float32"
     assert row["backbone_weights"] == "random"
     assert row["coherent_matching"] is True
+    assert row["relative_to_image"] is True
     assert 0 <= row["pixel_AP"] <= 1
     assert "whole_test_set" not in row, "it was trained on some of it"
     other = json.loads(files[2].read_text())

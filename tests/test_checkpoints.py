@@ -215,6 +215,7 @@ CONTENTS = {
     "one window": (of_own(window_sizes=[3]), r"its window_sizes are \[3\], not two odd numbers"),
     "outlines that are no yes or no": (of_own(follow_edges=1), "its follow_edges is 1"),
     "coherence that is no yes or no": (of_own(coherent_matching="x"), "its coherent_matching is 'x'"),
+    "relative that is no yes or no": (of_own(relative_to_image=2), "its relative_to_image is 2"),
     "no blur": (of_own(blur_sigma=0.0), "its blur_sigma is 0.0, not above 0"),
     "blur that is no number": (of_own(blur_sigma=float("nan")), "its blur_sigma is nan, not above 0"),
     "paths in words": (of_own(training_paths="x"), "its training_paths is 'x'"),
@@ -343,12 +344,13 @@ def test_a_checkpoint_of_format_1(checkpoints, datamodule, tmp_path):
     torch.save(content, path)
     old = Cpr.load_from_checkpoint(path).eval()
     new = Cpr.load_from_checkpoint(
-        checkpoints["float32"], blur_sigma=4, follow_edges=False, coherent_matching=False
+        checkpoints["float32"], blur_sigma=4, follow_edges=False, coherent_matching=False, relative_to_image=False
     ).eval()
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(old(images).anomaly_map, new(images).anomaly_map), "it was trained with a blur of 4 pixels"
     assert Cpr.load_from_checkpoint(path, follow_edges=True).model.follow_edges
     assert Cpr.load_from_checkpoint(path, coherent_matching=True).model.coherent_matching
+    assert Cpr.load_from_checkpoint(path, relative_to_image=True).model.relative_to_image
     assert Cpr.load_from_checkpoint(path, blur_sigma=3).model.scorer.kernel.numel() == 25
     own = Cpr.load_from_checkpoint(checkpoints["float32"]).eval()
     assert not torch.equal(own(images).anomaly_map, new(images).anomaly_map)

@@ -31,6 +31,7 @@ from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, ide
 from anomalib_cpr.global_retrieval import histogram_distance
 from anomalib_cpr.matching import match
 from anomalib_cpr.outline import follow_edges
+from anomalib_cpr.relative import lower_the_rest
 from anomalib_cpr.scoring import fuse
 
 
@@ -112,8 +113,9 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     torch.testing.assert_close(again[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
     assert float(score) == pytest.approx(found.score, abs=1e-5)
     drawn = fuse([distance[None, None] for distance in found.distances], query[1].shape[-2:])[0, 0]
-    outlined = follow_edges((drawn * foreground_in_use(found))[None, None], query[1])
-    torch.testing.assert_close(outlined[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
+    assert 0.1 < found.share < 1
+    outlined = follow_edges(found.share * (drawn * foreground_in_use(found))[None, None], query[1])
+    torch.testing.assert_close(lower_the_rest(outlined)[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
 
 
 def test_references_are_in_order_with_the_distances_of_retrieval(run, query):

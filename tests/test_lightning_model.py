@@ -175,7 +175,14 @@ def test_references_and_windows_are_chosen_by_evidence(
 def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
     """To whoever names none: the threshold in it belongs to them. As do the authors' values to their checkpoints."""
     engine(max_steps=1).fit(
-        tiny_model(k=4, window_sizes=[5, 3], blur_sigma=4, follow_edges=False, coherent_matching=False),
+        tiny_model(
+            k=4,
+            window_sizes=[5, 3],
+            blur_sigma=4,
+            follow_edges=False,
+            coherent_matching=False,
+            relative_to_image=False,
+        ),
         datamodule=tiny_datamodule,
     )
     (checkpoint,) = tmp_path.rglob("model.ckpt")
@@ -185,12 +192,16 @@ def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine,
     assert model.model.scorer.kernel.numel() == 33
     assert not model.model.follow_edges
     assert not model.model.coherent_matching
-    other = tiny_model(window_sizes=[1, 1], blur_sigma=1, follow_edges=True, coherent_matching=True)
+    assert not model.model.relative_to_image
+    other = tiny_model(
+        window_sizes=[1, 1], blur_sigma=1, follow_edges=True, coherent_matching=True, relative_to_image=True
+    )
     engine().test(other, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
     assert other.model.window_sizes == (1, 1)
     assert other.model.scorer.kernel.numel() == 9
     assert other.model.follow_edges
     assert other.model.coherent_matching
+    assert other.model.relative_to_image
 
 
 @pytest.mark.parametrize(

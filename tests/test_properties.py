@@ -67,11 +67,13 @@ def test_any_configuration(set_up):
     assert result.pred_score.shape == (len(queries),)
     assert result.anomaly_map.isfinite().all()
     assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
-    model.follow_edges = model.coherent_matching = False
+    model.follow_edges = model.coherent_matching = model.relative_to_image = False
     smooth = model(queries)
     remembered = model(images)
     model.follow_edges = model.coherent_matching = True
-    assert torch.equal(smooth.pred_score, result.pred_score)
+    assert torch.equal(smooth.pred_score, model(queries).pred_score)
+    model.relative_to_image = True
+    assert (result.pred_score <= smooth.pred_score).all()
     assert (smooth.pred_score <= smooth.anomaly_map.flatten(1).amax(1) + 1e-6).all()
     # Each image by itself, and in any order.
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))

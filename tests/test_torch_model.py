@@ -30,6 +30,7 @@ def images():
 def test_cascade_against_a_plain_one(images):
     """The whole method once more, image by image, written down as the paper says it."""
     model = make_model(images)
+    model.relative_to_image = False
     queries = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
     results = {}
     for coherent in (True, False):
@@ -38,6 +39,8 @@ def test_cascade_against_a_plain_one(images):
             results[coherent, followed] = model(queries)
     result = results[False, False]
     assert all(torch.equal(one.pred_score, result.pred_score) for one in results.values())
+    model.relative_to_image = True
+    relative = model(queries)
     references = [_describe(model, image[None]) for image in images]
     for index, query in enumerate(queries):
         histogram, foreground, descriptors = _describe(model, query[None])
@@ -65,9 +68,12 @@ def test_cascade_against_a_plain_one(images):
             torch.testing.assert_close(followed, follow_edges(pixels, query[None])[0], atol=1e-5, rtol=1e-5)
             expected = _blur(pixels)
             assert torch.allclose(results[coherent, False].anomaly_map[index], expected[0], atol=1e-5)
-        assert result.pred_score[index].item() == pytest.approx(
-            expected.flatten().sort().values[-round(64 * 96 / 200) :].mean().item(), abs=1e-5
-        )
+        score = expected.flatten().sort().values[-round(64 * 96 / 200) :].mean().item()
+        assert result.pred_score[index].item() == pytest.approx(score, abs=1e-5)
+        share = (0.01 / (F.interpolate(nearest, (64, 96), mode="bilinear").mean().item() + 0.01)) ** 0.5
+        assert relative.pred_score[index].item() == pytest.approx(share * score, abs=1e-5)
+        lowered = share * expected[0] * (expected[0] / expected[0].max()) ** 0.25
+        torch.testing.assert_close(relative.anomaly_map[index], lowered, atol=1e-5, rtol=1e-4)
 
 
 def _describe(model, image):
