@@ -3,7 +3,7 @@
 
 Distances of CPR's paper count as they are. But another lamp, or a part that lies as none of its references does, raises
 those of good patches as well, and beside a plain defect many a patch looks worse than a faint defect elsewhere does.
-Both concern maps and scores of different images only: within one, nothing changes its order. Not of CPR's paper.
+Both concern different images only: within one, no two pixels change places. Not of CPR's paper.
 """
 
 from torch import Tensor
