@@ -238,7 +238,10 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     shown = [match.distance for match in matches]
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
-    nearest = fuse([match.distance[None, None] for match in matches], (image.shape[-2], image.shape[-1]))
+    share = 1.0
+    if model.relative_to_image:
+        size = (image.shape[-2], image.shape[-1])
+        share = float(share_that_counts(fuse([match.distance[None, None] for match in matches], size)))
     foreground, reference_foregrounds = foregrounds[0, 0], foregrounds[0, 1:]
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
@@ -269,7 +272,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
         reference_foregrounds=reference_foregrounds.cpu(),
         matches=[Match(**{name: value.cpu() for name, value in vars(match).items()}) for match in matches],
         distances=[distance.cpu() for distance in shown],
-        share=float(share_that_counts(nearest)) if model.relative_to_image else 1.0,
+        share=share,
         patches=hot,
     )
 
