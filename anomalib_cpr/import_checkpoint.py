@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .checkpoint_check import is_finite
-from .lightning_model import IMAGE_SIZE, USUAL_MATCHING, Cpr
-from .scoring import PAPER_SIGMA
+from .lightning_model import IMAGE_SIZE, Cpr
+from .scoring_settings import PAPER_SETTINGS
 from .torch_model import CprModel
 
 HEADS_PREFIX = "lrb.conv."
@@ -165,14 +165,7 @@ def import_checkpoint(
     model = Cpr(
         descriptor_channels=weights.descriptor_channels,
         pre_processor=Cpr.configure_pre_processor(image_size),
-        **{
-            **USUAL_MATCHING._asdict(),
-            "blur_sigma": PAPER_SIGMA,
-            "follow_edges": False,
-            "coherent_matching": False,
-            "relative_to_image": False,
-            **arguments,
-        },
+        **{**PAPER_SETTINGS, **arguments},
     )
     take_over(model.model, weights)
     if not weights.backbone:

@@ -31,6 +31,9 @@ MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that 
 CLEARLY_BETTER = 1.25
 
 
+ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
+
+
 class Matching(NamedTuple):
     """How patches are matched.
 
@@ -48,6 +51,9 @@ class Matching(NamedTuple):
             "over the whole map" if min(self.window_sizes) >= WHOLE_MAP else f"in windows of {list(self.window_sizes)}"
         )
         return f"{self.k} references {where}"
+
+
+USUAL_MATCHING = Matching(10, (3, 1))  # the paper's
 
 
 def contrast(good: Tensor, anomalous: Tensor) -> float:

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 TIGHT = 0.8  # share of the available memory from which on a warning is due: other things need some, too
-SMALLER_BANK = (
+_SMALLER_BANK = (
     "bank_dtype='float16', 'int8' or 'int4' takes a half, a quarter or an eighth of float32, descriptor_channels=64 a "
     "sixth of 384, max_references=N keeps N training images that represent all, and bank_file=FILE leaves it on disk"
 )
-ON_HOST = "; bank_on_host=True leaves the bank in main memory"
+_ON_HOST = "; bank_on_host=True leaves the bank in main memory"
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _MEMORY_INFO = Path("/proc/meminfo")
 
@@ -34,6 +34,15 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     allowed = _allowed_by_control_group()
     return available if allowed is None else min(available, allowed)
+
+
+def smaller_bank(device: torch.device) -> str:
+    """Ways out where the reference bank does not fit, for a message.
+
+    Args:
+        device (torch.device): Where it was to be.
+    """
+    return _SMALLER_BANK if device.type == "cpu" else _SMALLER_BANK + _ON_HOST
 
 
 def _allowed_by_control_group() -> int | None:

@@ -152,6 +152,15 @@ class CprModel(nn.Module):
         )
 
     @property
+    def blur_sigma(self) -> float:
+        """Sigma of the Gaussian that smooths the map, in pixels."""
+        return self.scorer.sigma
+
+    @blur_sigma.setter
+    def blur_sigma(self, sigma: float) -> None:
+        self.scorer = Scorer(sigma=sigma).to(self.scorer.kernel.device)
+
+    @property
     def heads(self) -> list[MetricHead]:
         """The metric heads, finest scale first."""
         return [cast("MetricHead", head) for head in self.metric_heads]

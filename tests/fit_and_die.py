@@ -13,7 +13,7 @@ from conftest import TINY_BACKBONE
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 
-from anomalib_cpr import Cpr, lightning_model
+from anomalib_cpr import Cpr, lightning_preparation
 from anomalib_cpr.torch_model import CprModel
 
 STEPS = 4
@@ -77,7 +77,7 @@ def save_half_and_die(number):
 def arrange(stage):
     """Make this process die in a stage; return the callbacks that do it."""
     if stage == "codebook":
-        lightning_model.cluster_centres = die
+        lightning_preparation.cluster_centres = die
     elif stage == "steps":
         return [DieInStep()]
     elif stage == "bank":

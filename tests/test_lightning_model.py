@@ -12,7 +12,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchvision.transforms import v2
 
-from anomalib_cpr import drawing, lightning_model
+from anomalib_cpr import drawing, lightning_bank, lightning_preparation
 from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
@@ -151,9 +151,10 @@ def test_references_and_windows_are_chosen_by_evidence(
         assert list(options) == list(values or [USUAL, Matching(13, (3, 1))])
         return values or {}
 
-    monkeypatch.setattr(lightning_model, "ENOUGH_IMAGES", 6)
-    monkeypatch.setattr(lightning_model, "looseness", look)
-    monkeypatch.setattr(lightning_model, "compare_matchings", compare)
+    for module in (lightning_preparation, lightning_bank):
+        monkeypatch.setattr(module, "ENOUGH_IMAGES", 6)
+    monkeypatch.setattr(lightning_preparation, "looseness", look)
+    monkeypatch.setattr(lightning_bank, "compare_matchings", compare)
     model = tiny_model(**{"k": None, **given})
     model.model.feature_extractor.weights_loaded.fill_(True)
     model.model.pre_trained = True  # random weights in fact
@@ -249,9 +250,9 @@ def test_shares_of_recoloured_and_displaced_anomalies(
 
 
 def test_untrained_features_and_few_images_tell_nothing_about_windows(engine, tiny_model, tiny_datamodule, monkeypatch):
-    monkeypatch.setattr(lightning_model, "looseness", None)
+    monkeypatch.setattr(lightning_preparation, "looseness", None)
     engine(max_steps=1, limit_val_batches=0).fit(tiny_model(), datamodule=tiny_datamodule)
-    monkeypatch.setattr(lightning_model, "ENOUGH_IMAGES", 2)
+    monkeypatch.setattr(lightning_preparation, "ENOUGH_IMAGES", 2)
     engine(max_steps=1, limit_val_batches=0).fit(tiny_model(), datamodule=tiny_datamodule)
 
 
@@ -360,8 +361,8 @@ def test_interrupted_training_resumes_bit_identically(
     (usable,) = tmp_path.rglob("interrupted.ckpt")
 
     seed_everything(99, verbose=False)  # the checkpoint's seed counts
-    monkeypatch.setattr(lightning_model, "collect_samples", None)  # nothing is learned twice
-    monkeypatch.setattr(lightning_model, "cluster_centres", None)
+    monkeypatch.setattr(lightning_preparation, "collect_samples", None)  # nothing is learned twice
+    monkeypatch.setattr(lightning_preparation, "cluster_centres", None)
     resumed, spy = tiny_model(**arguments), Spy()
     engine(limit_val_batches=0, callbacks=[spy], **limits).fit(resumed, datamodule=tiny_datamodule, ckpt_path=usable)
     assert spy.steps == 2 * limits.get("accumulate_grad_batches", 1), "six steps in all, four were done"

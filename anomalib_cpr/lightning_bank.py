@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference bank in a fit: when it is built, how it is matched with, and its way into checkpoints and back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
+from .lightning_preparation import Preparation
+from .matching_choice import (
+    ASKED_IMAGES,
+    CLEARLY_BETTER,
+    ENOUGH_IMAGES,
+    SMALL_AREA,
+    USUAL_MATCHING,
+    WEAK_OPACITY,
+    Matching,
+    candidates,
+    choose,
+    compare_matchings,
+)
+from .memory import is_out_of_memory, smaller_bank
+from .progress import stage
+from .ranks import exchange
+from .scoring_settings import apply_settings, settings_of
+from .synthetic_anomalies import SyntheticAnomalyGenerator
+from .training import TrainingData
+from .training_steps import step_generator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
+# up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
+# up to 7 distances were absolute, and outlines knew nothing of the largest value of the image.
+CHECKPOINT_FORMAT = 8
+
+
+class BankInCheckpoints(Preparation):
+    """The part of :class:`Cpr` that keeps what predictions compare with."""
+
+    evaluator: nn.Module | None
+    saves_bank = True
+    saves_alone = False  # of several processes
+
+    def build_bank(self, *, alone: bool = False) -> None:
+        """Describe the training images with the heads as they are now, if that was not done since the last step.
+
+        Args:
+            alone (bool): Of several processes only this one asks for it; otherwise they share the work.
+        """
+        data, bank = self._training_data, self.model.bank
+        if data is None or len(bank):
+            return
+        rank, ranks = (0, 1) if alone else (self.trainer.global_rank, self._ranks)
+        batches = -(-len(data.images) // self._preparation_batch)
+        tracked = self._track("Reference bank", batches)(self._batches(data.images))
+        with stage("Reference bank"):
+            try:
+                in_bank = self.model.remember(tracked, rank, ranks, self._exchange_descriptors)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                device = bank.descriptors_1.device
+                raise MemoryError(
+                    f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
+                    f"{device} ({error}). Resume with a smaller one: {smaller_bank(device)}. No step is lost."
+                ) from error
+        self._decide_on_matching(data, in_bank)
+
+    def drop_bank(self) -> None:
+        """Free the descriptors of the training images."""
+        self.model.bank.clear()
+        if self._described is not None:  # with max_references, the bank has forgotten some
+            self.model.bank.histograms, self.model.bank.foregrounds = self._described
+
+    def _exchange_descriptors(self, spans: list[tuple[int, int, int]]) -> None:
+        bank = self.model.bank
+        exchange([tensor for tensor in (*bank.descriptors, *bank.scales) if tensor is not None], spans, self.device)
+
+    def on_validation_start(self) -> None:
+        """Build the bank that validation compares with."""
+        self.build_bank()
+
+    def on_train_end(self) -> None:
+        """Leave a model that can predict, also where nothing was validated."""
+        self.build_bank()
+
+    def on_fit_end(self) -> None:
+        """The same where the trainer had nothing left to train: in a second fit with one Engine."""
+        self.build_bank()
+
+    def _decide_on_matching(self, data: TrainingData, in_bank: Tensor) -> None:
+        """With how many references, in windows or over the whole map, by the evidence of the heads."""
+        usual = Matching(
+            self._pairs_k,
+            (self.model.window_sizes[0], self.model.window_sizes[1])
+            if "window_sizes" in self._given_settings
+            else USUAL_MATCHING.window_sizes,
+        )
+        self._match_as(usual)
+        available = len(in_bank) - data.images.copies  # an image is no reference of itself
+        options = candidates(usual, available, more_references="k" not in self._given_settings, whole_map=self._loose)
+        if len(options) == 1 or available < ENOUGH_IMAGES or self._synthesise is None:
+            return
+        structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
+        weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
+        generator = step_generator(int(self.seed or 0), 0, 0, 0)
+        track = self._track("References", min(ASKED_IMAGES, len(data.images)))
+        with stage("References"):
+            found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
+        if not found:
+            return
+        chosen = choose(found)
+        self._match_as(chosen)
+        others = "; ".join(f"{matching}: {value:.2f}" for matching, value in found.items() if matching != chosen)
+        rank_zero_info(
+            f"Matching with {chosen}: weak synthetic anomalies add {found[chosen]:.2f} times its score to a good image "
+            f"({others}; the usual one is left for {CLEARLY_BETTER:g} times its value). Overrule it with k and "
+            "window_sizes."
+        )
+
+    def _match_as(self, matching: Matching) -> None:
+        self.model.k, self.model.window_sizes = matching
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the bank and what a resumed training needs to know."""
+        super().on_save_checkpoint(checkpoint)
+        if self.saves_bank:
+            self.build_bank(alone=self.saves_alone)
+            checkpoint["state_dict"].update(self.model.bank.state_dict(prefix="model.bank."))
+        checkpoint["cpr"] = {"format": CHECKPOINT_FORMAT, "seed": self.seed, "kind": self.resolved_kind}
+        if self.held_out:
+            checkpoint["cpr"]["held_out"] = self.held_out
+        # The thresholds in the checkpoint belong to these, also where a model that names none of its own loads it.
+        checkpoint["cpr"] |= settings_of(self.model)
+        checkpoint["cpr"]["training_images"] = self._trained_on
+        # By which `anomalib-cpr explain` finds the pictures of the references.
+        checkpoint["cpr"]["training_paths"] = self.training_paths
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what was decided in training, unless something is wrong with the checkpoint."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_file(trainer.ckpt_path)
+        check_content(checkpoint, CHECKPOINT_FORMAT)
+        self._check_fit(checkpoint["state_dict"], checkpoint.get("anomalib_components_enabled"), checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        # Some metrics have buffers (AUPRO its limit), so the state of a training with other metrics would not fit.
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("evaluator.")]:
+            del state[name]
+        if isinstance(self.evaluator, nn.Module):
+            state.update(self.evaluator.state_dict(prefix="evaluator."))
+        own = checkpoint.get("cpr", {})
+        self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
+        self.held_out = own.get("held_out", self.held_out)
+        apply_settings(self.model, own, self._given_settings)
+        # The trainer reads a checkpoint after `setup`, but before it asks for data.
+        if trainer is not None and not trainer.predicting:
+            self._hold_out(getattr(trainer, "datamodule", None))
+        self._trained_on = own.get("training_images")
+        self.training_paths = list(own.get("training_paths", []))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Self":  # type: ignore[override]  # noqa: ANN401
+        """Load a trained model, see anomalib's ``AnomalibModule.load_from_checkpoint``. No code in the file is run.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            args (Any): Of anomalib's method.
+            kwargs (Any): Of anomalib's method: ``map_location``, ..., and arguments of the model to be replaced.
+
+        Returns:
+            Self: The model.
+
+        Raises:
+            ValueError: If the file is damaged, of another kind, or holds code.
+        """
+        if kwargs.get("weights_only", True) is not False:
+            check_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load weights and bank if all of it fits; otherwise the model stays as it was.
+
+        Args:
+            state_dict (Mapping[str, Any]): Of a checkpoint.
+            strict (bool): Refuse missing and unknown names.
+            assign (bool): Take the tensors over in place of copying them.
+
+        Returns:
+            Any: Names that are missing or unknown, if ``strict`` lets them pass.
+
+        Raises:
+            RuntimeError: If it does not fit.
+        """
+        if strict:
+            self._check_fit(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _check_fit(
+        self,
+        state: Mapping[str, Any],
+        enabled: Mapping[str, bool] | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        absent = [f"{name}." for name, value in (enabled or {}).items() if not value]
+        if checkpoint is not None:
+            absent.append("evaluator.")  # brought in line below
+        expected = {name: value for name, value in self.state_dict().items() if not name.startswith(tuple(absent))}
+        given = {name: value for name, value in state.items() if not name.startswith(tuple(absent))}
+        problems = [misfit(given, expected, (checkpoint or {}).get("hyper_parameters"))]
+        of_bank = self._misfit_of_bank(state)
+        if of_bank is not None:
+            problems.insert(0, f"The checkpoint's reference bank does not fit the configuration: {of_bank}")
+        if any(problems):
+            raise RuntimeError(" ".join(filter(None, problems)))
+
+    def _misfit_of_bank(self, state: Mapping[str, Any]) -> str | None:
+        """What the bank is going to refuse, asked before anything is copied."""
+        parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
+        key = bytes(parts.pop(FILE_KEY, torch.zeros(0)).tolist()).hex()
+        return self.model.bank.misfit(key, parts)
