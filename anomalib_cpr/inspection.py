@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .alignment import spread
 from .augmentation import device_generator
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
@@ -232,7 +233,7 @@ def _draw_foreground(data: TrainingData, foregrounds: Tensor, file: Path) -> lis
     """Training images beside their foreground."""
     from . import pictures  # noqa: PLC0415
 
-    chosen = torch.linspace(0, len(data.images) - 1, min(12, len(data.images))).round().long().tolist()
+    chosen = spread(len(data.images), 12).tolist()
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = pictures.new_figure(2.1 * columns, 4.2 * rows + 0.6)
@@ -258,8 +259,8 @@ def _draw_foreground(data: TrainingData, foregrounds: Tensor, file: Path) -> lis
     figure.suptitle("Is the part bright and the background dark? Otherwise set kind='texture'.", y=0.995)
     pictures.save(figure, file)
     share = (foregrounds > 0.5).float().mean((1, 2, 3))
-    spread = f"{100 * share.min():.0f} % to {100 * share.max():.0f} %"
-    findings = [f"Foreground: {100 * share.mean():.0f} % of the image in the mean ({spread})."]
+    limits = f"{100 * share.min():.0f} % to {100 * share.max():.0f} %"
+    findings = [f"Foreground: {100 * share.mean():.0f} % of the image in the mean ({limits})."]
     if float(share.min()) < 0.01:
         findings.append("An image has next to no foreground: no anomaly can be put on it, and nothing is found there.")
     return findings
@@ -287,9 +288,9 @@ def _draw_anomalies(queries: Tensor, anomalies: Tensor, file: Path) -> list[str]
     placed = area[area > 0]
     if not len(placed):
         return ["No synthetic anomaly could be placed: is there any foreground?"]
-    spread = f"{100 * placed.min():.1f} % to {100 * placed.max():.1f} %"
+    limits = f"{100 * placed.min():.1f} % to {100 * placed.max():.1f} %"
     where = f"on {len(placed)} of {len(area)} images, {100 * placed.median():.1f} % of the image in the median"
-    return [f"Synthetic anomalies: {where} ({spread})."]
+    return [f"Synthetic anomalies: {where} ({limits})."]
 
 
 def _draw_pairs(pairs: Any, *, remote: bool, generator: torch.Generator, file: Path) -> None:  # noqa: ANN401

@@ -132,12 +132,14 @@ def compare_matchings(
         scores: dict[Matching, list[Tensor]] = {option: [] for option in options}
         for image in track(spread(len(images), ASKED_IMAGES).tolist()):
             good = images.take(torch.tensor([image]), device)
-            foreground = model.foreground_estimator(model.feature_extractor(images.normalize(good))[0].float())
-            anomalous, mask = synthesise(good, foreground, generator)
+            features = model.feature_extractor(images.normalize(good))
+            anomalous, mask = synthesise(good, model.foreground_estimator(features[0].float()), generator)
             if not mask.any():
                 continue
             others = photographs != image // images.copies
-            for option, score in _scores(model, images.normalize(torch.cat([good, anomalous])), others, options):
+            with_anomaly = model.feature_extractor(images.normalize(anomalous))
+            both = [torch.cat(scale) for scale in zip(features, with_anomaly, strict=True)]
+            for option, score in _scores(model, both, images.size, others, options):
                 scores[option].append(score.cpu())
     finally:
         model.train(was_training)
@@ -146,19 +148,21 @@ def compare_matchings(
 
 
 def _scores(
-    model: CprModel, queries: Tensor, others: Tensor, options: Sequence[Matching]
+    model: CprModel,
+    features: Sequence[Tensor],
+    size: tuple[int, int],
+    others: Tensor,
+    options: Sequence[Matching],
 ) -> Iterator[tuple[Matching, Tensor]]:
-    """Scores of normalised images, with ``others`` (bool, of the bank) as their possible references."""
-    features = model.feature_extractor(queries)
+    """Scores of images whose F1 and F2 are given, with ``others`` (bool, of the bank) as their possible references."""
     descriptors = model.describe(features)
-    with full_precision(queries.device):
+    with full_precision(features[0].device):
         distances = histogram_distance(model.global_retriever(features[0]), model.bank.histograms)
         most = min(max(option.k for option in options), int(others.sum()))
         # Stable, so that the first ten are those of a search for ten, whatever equals there are.
         references = distances.masked_fill_(~others, float("inf")).sort(dim=1, stable=True).indices[:, :most]
         own = model.foreground_estimator(features[0].float())
         foregrounds = torch.cat([own, model.bank.foregrounds_of(references)], dim=1)
-        size = (queries.shape[-2], queries.shape[-1])
         for windows, ways in groupby(options, key=lambda option: option.window_sizes):
             gallery = list(zip(descriptors, model.bank.descriptors, windows, model.bank.scales, strict=True))
             asked = list(ways)
