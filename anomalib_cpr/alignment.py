@@ -78,6 +78,6 @@ def looseness(queries: Sequence[Tensor], references: Sequence[Tensor]) -> float:
         for place, window in enumerate((generous_window(max(query.shape[1:])), WHOLE_MAP)):
             distances = match(own, others, every, window).amin(1).flatten()
             count = max(1, round(LARGEST_SHARE * len(distances)))
-            totals[place] += distances.topk(count).values.mean().double().cpu()
+            totals[place] += distances.topk(count).values.mean().cpu().double()
     # Identical images have no distances at all.
     return float((totals[0] + 1e-6) / (totals[1] + 1e-6))

@@ -191,6 +191,7 @@ class _Save(Callback):
         self.path = path
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.to(trainer.strategy.root_device)  # Lightning has already moved it to the CPU
         del pl_module
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.path)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from .matching_choice import (
 from .memory import is_out_of_memory, smaller_bank
 from .progress import stage
 from .ranks import exchange
+from .reference_bank import key_of_file
 from .scoring_settings import apply_settings, settings_of
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .training import TrainingData
@@ -52,6 +52,9 @@ class BankInCheckpoints(Preparation):
 
         Args:
             alone (bool): Of several processes only this one asks for it; otherwise they share the work.
+
+        Raises:
+            MemoryError: If it does not fit.
         """
         data, bank = self._training_data, self.model.bank
         if data is None or len(bank):
@@ -70,7 +73,7 @@ class BankInCheckpoints(Preparation):
                     f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
                     f"{device} ({error}). Resume with a smaller one: {smaller_bank(device)}. No step is lost."
                 ) from error
-        self._decide_on_matching(data, in_bank)
+        self._decide_on_matching(data, in_bank, alone=alone)
 
     def drop_bank(self) -> None:
         """Free the descriptors of the training images."""
@@ -92,9 +95,12 @@ class BankInCheckpoints(Preparation):
 
     def on_fit_end(self) -> None:
         """The same where the trainer had nothing left to train: in a second fit with one Engine."""
-        self.build_bank()
+        if self.is_prepared and not len(self.model.bank):
+            self.to(self.trainer.strategy.root_device)  # Lightning has already moved it to the CPU
+            self.build_bank()
+            self.cpu()
 
-    def _decide_on_matching(self, data: TrainingData, in_bank: Tensor) -> None:
+    def _decide_on_matching(self, data: TrainingData, in_bank: Tensor, *, alone: bool) -> None:
         """With how many references, in windows or over the whole map, by the evidence of the heads."""
         usual = Matching(
             self._pairs_k,
@@ -104,7 +110,8 @@ class BankInCheckpoints(Preparation):
         )
         self._match_as(usual)
         available = len(in_bank) - data.images.copies  # an image is no reference of itself
-        options = candidates(usual, available, more_references="k" not in self._given_settings, whole_map=self._loose)
+        whole_map = self._loose and "window_sizes" not in self._given_settings
+        options = candidates(usual, available, more_references="k" not in self._given_settings, whole_map=whole_map)
         if len(options) == 1 or available < ENOUGH_IMAGES or self._synthesise is None:
             return
         structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
@@ -113,6 +120,8 @@ class BankInCheckpoints(Preparation):
         track = self._track("References", min(ASKED_IMAGES, len(data.images)))
         with stage("References"):
             found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
+        if not alone:  # ranks may differ in the last bits, and must match alike
+            found = self.trainer.strategy.broadcast(found)
         if not found:
             return
         chosen = choose(found)
@@ -160,7 +169,8 @@ class BankInCheckpoints(Preparation):
             state.update(self.evaluator.state_dict(prefix="evaluator."))
         own = checkpoint.get("cpr", {})
         self.seed, self.resolved_kind = own.get("seed"), own.get("kind")
-        self.held_out = own.get("held_out", self.held_out)
+        # A training that is resumed with known anomalies has just read them.
+        self.held_out = own.get("held_out", self.held_out if self._known is not None else [])
         apply_settings(self.model, own, self._given_settings)
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
@@ -181,6 +191,7 @@ class BankInCheckpoints(Preparation):
             Self: The model.
 
         Raises:
+            RuntimeError: If it does not fit the arguments.
             ValueError: If the file is damaged, of another kind, or holds code.
         """
         if kwargs.get("weights_only", True) is not False:
@@ -226,5 +237,4 @@ class BankInCheckpoints(Preparation):
     def _misfit_of_bank(self, state: Mapping[str, Any]) -> str | None:
         """What the bank is going to refuse, asked before anything is copied."""
         parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
-        key = bytes(parts.pop(FILE_KEY, torch.zeros(0)).tolist()).hex()
-        return self.model.bank.misfit(key, parts)
+        return self.model.bank.misfit(key_of_file(parts.pop(FILE_KEY, None)), parts)

@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from .alignment import LOOSE_ABOVE, looseness, surveyed
+from .alignment import LOOSE_ABOVE, looseness, spread, surveyed
 from .durable_checkpoint import save_checkpoints_durably
 from .feature_extractor import STRIDES
 from .kinds import DEFAULT_STEPS, PAPER_STEPS, Kind, kind_from_features, known_kind
@@ -20,13 +21,16 @@ from .preparation import ClusteringBackend, cluster_centres, collect_samples, de
 from .progress import progress_bar, stage
 from .ranks import evaluate_each_image_once, exchange, refuse_sharded_models, send, share_output_folder
 from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, read_folder, read_from_test_set
+from .scoring_settings import TRAINING_SETTINGS, apply_settings
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
 from .training import TrainingData, frozen_features, step_precision
 from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
-from .training_steps import StepLoader, StepPlan, plan_steps, remaining_batches, step_generator
+from .training_steps import StepLoader, StepPlan, plan_steps, remaining_batches, restart, step_generator
 
 CENTRING_IMAGES = 16
+CHECKED_IMAGES = 4
+SAME_WORDS = 0.1
 # Drawn tablets gained 0.025 and 0.039 pixel AP, a fabric 0.046 and nothing; a gear and a bracket lost 0.004 to 0.028
 # (results/recoloured): where a thing's place says much, colour says little.
 RECOLOURED = 0.3
@@ -78,7 +82,15 @@ class Preparation(LightningModule):
 
         Args:
             stage (str): Of the trainer.
+
+        Raises:
+            ValueError: If it cannot run like this; says why.
         """
+        if self.trainer.precision in ("bf16-true", "16-true", "64-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision!r}: retrieval needs float32. Use '32-true', or 'bf16-mixed' or "
+                "'16-mixed'; training_precision='bfloat16' makes the steps of a training faster."
+            )
         datamodule = getattr(self.trainer, "datamodule", None)
         if self._ranks > 1:
             refuse_sharded_models(self.trainer.strategy)
@@ -154,6 +166,8 @@ class Preparation(LightningModule):
             self.seed = self.trainer.strategy.broadcast(seed)
         if not resumed:
             self.resolved_kind = None if self.kind == "auto" else self.kind
+            # Whatever checkpoint this model has seen before.
+            apply_settings(self.model, TRAINING_SETTINGS, self._given_settings)
         # What may be missing comes first, so that nobody waits for an error.
         synthesise = self._synthesise = SyntheticAnomalyGenerator(self.anomaly_source_path)
         rank_zero_info(f"Backbone: {self.model.load_backbone_weights()}")
@@ -186,8 +200,9 @@ class Preparation(LightningModule):
         self._training_data = TrainingData(
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
-        self._loose = self._looks_loose(images, neighbours.cpu())
-        if "coherent_matching" not in self._given_settings:
+        # Ranks may differ in the last bits, and must decide alike.
+        self._loose = self.trainer.strategy.broadcast(self._looks_loose(images, neighbours.cpu()))
+        if not resumed and "coherent_matching" not in self._given_settings:
             self.model.coherent_matching = self.resolved_kind == "object" and not self._loose
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
@@ -291,8 +306,10 @@ class Preparation(LightningModule):
         rank_zero_info(f"Kind: {kind} ({reason}).")
 
     def _looks_loose(self, images: TrainingImages, neighbours: Tensor) -> bool:
-        """Whether good patches find their match outside of the windows, so that the choice is worth asking for."""
-        if "window_sizes" in self._given_settings or len(images) < ENOUGH_IMAGES or not self.model.pre_trained:
+        """Whether good patches find their match outside of the windows, where something depends on it."""
+        if len(images) < ENOUGH_IMAGES or not self.model.pre_trained:
+            return False
+        if {"window_sizes", "coherent_matching"} <= self._given_settings and self.recoloured_anomalies is not None:
             return False
         chosen, references = surveyed(neighbours)
         with torch.no_grad():
@@ -320,10 +337,33 @@ class Preparation(LightningModule):
                 f"pixels, the data module gives {len(images)} of {images.size[0]}x{images.size[1]}. Resume with "
                 "the same data, or train anew without ckpt_path."
             )
+        if self.kind not in ("auto", self.resolved_kind):
+            raise ValueError(
+                f"kind={self.kind!r} was given, but ckpt_path={self.trainer.ckpt_path} was trained as "
+                f"{self.resolved_kind!r}. Resume without kind, or train anew without ckpt_path."
+            )
+        if bank.holds_all_of(count):
+            self._check_same_images(images)
         if not bank.holds_all_of(count):
             bank.clear()
             self._describe_globally(images)
         rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")
+
+    def _check_same_images(self, images: TrainingImages) -> None:
+        """By content, because data may have moved since."""
+        chosen = spread(len(images), CHECKED_IMAGES)
+        with torch.no_grad():
+            features = self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[0].float()
+            histograms = self.model.global_retriever(features)
+        expected = self.model.bank.histograms[chosen.to(self.device)]
+        # A word here and there may differ on another device.
+        differing = ((histograms - expected).abs().sum((1, 2)) / expected.sum((1, 2)) > SAME_WORDS).nonzero().flatten()
+        if len(differing):
+            index = int(chosen[differing[0].cpu()])
+            raise ValueError(
+                f"ckpt_path={self.trainer.ckpt_path} was trained on another image in place of {images.paths[index]}. "
+                "Resume with the same data, or train anew without ckpt_path."
+            )
 
     def _plan_training(self) -> None:
         data = self._training_data
@@ -338,6 +378,9 @@ class Preparation(LightningModule):
         )
         if self._plan.epochs is not None:
             self.trainer.fit_loop.max_epochs = self._plan.epochs
+        for configured in self.trainer.lr_scheduler_configs:  # made before the plan, on which the first step depends
+            if isinstance(configured.scheduler, LambdaLR):
+                restart(configured.scheduler)
         if self._plan.steps is None and self.learning_rate_schedule != "constant":
             rank_zero_warn("The learning rate stays constant: without max_steps or max_epochs its end is not known.")
 
@@ -362,6 +405,11 @@ class Preparation(LightningModule):
             head.centre(features)
         if self._ranks > 1:  # parameters that differ in the last bit would differ for ever
             send([*self.model.metric_heads.parameters(), *self.model.metric_heads.buffers()])
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a fit is under way that has its images, so that there is something to train or to keep."""
+        return self._training_data is not None
 
     @property
     def _ranks(self) -> int:

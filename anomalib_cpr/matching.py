@@ -25,7 +25,7 @@ STEPS = 10  # in which the references of a query are matched in exported graphs 
 STEP_BYTES = 256_000_000
 LEAST_ROWS = 3  # of these; with fewer, most of what is read belongs to the rows above and below
 
-# A window of so many cells is the whole map, however large the image.
+# A window of so many cells is the whole map, of images of up to 2,000 pixels.
 WHOLE_MAP = 999
 
 
@@ -49,7 +49,8 @@ def match(
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
-        fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records.
+        fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records, and where the window covers
+            the map.
 
     Returns:
         Tensor: Distances in 0..2, of shape ``(batch, k, height, width)``. The paper's is their minimum over ``k``.

@@ -17,6 +17,7 @@ from torch import Tensor
 from .alignment import spread
 from .global_retrieval import histogram_distance
 from .matching import WHOLE_MAP, match
+from .scoring_settings import PAPER_SETTINGS
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel, full_precision
 from .training_images import TrainingImages
@@ -53,7 +54,8 @@ class Matching(NamedTuple):
         return f"{self.k} references {where}"
 
 
-USUAL_MATCHING = Matching(10, (3, 1))  # the paper's
+USUAL_MATCHING = Matching(PAPER_SETTINGS["k"], tuple(PAPER_SETTINGS["window_sizes"]))
+LEAST_CONTRAST = 0.05  # heads that tell less apart tell nothing of references either
 
 
 def contrast(good: Tensor, anomalous: Tensor) -> float:
@@ -97,7 +99,7 @@ def choose(contrasts: Mapping[Matching, float]) -> Matching:
         Matching: One of them.
     """
     usual, best = next(iter(contrasts)), max(contrasts, key=lambda one: contrasts[one])
-    return best if contrasts[best] >= CLEARLY_BETTER * contrasts[usual] else usual
+    return best if contrasts[best] >= CLEARLY_BETTER * max(contrasts[usual], LEAST_CONTRAST) else usual
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def place(
         tuple[Tensor, Tensor]: Image and mask, bilinear, of the same shapes; outside the old image there is 0.
     """
     height, width = mask.shape[-2:]
-    rows, columns = (axis.double() for axis in mask[0].nonzero(as_tuple=True))
+    rows, columns = (axis.double() for axis in mask[0].cpu().nonzero(as_tuple=True))
     if not len(rows):
         return image, mask
     down, right = float(rows.mean()), float(columns.mean())

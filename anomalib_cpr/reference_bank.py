@@ -302,7 +302,7 @@ class ReferenceBank(nn.Module):
             if name.startswith(prefix) and name.removeprefix(prefix) in {*PARTS, "histograms", "foregrounds"}
         }
         self._roots = None  # loading may copy into the same tensor
-        key = bytes(state_dict.get(prefix + KEY, torch.zeros(0)).tolist()).hex()
+        key = key_of_file(state_dict.get(prefix + KEY))
         problem = self.misfit(key, incoming)
         if problem:
             errors: list[str] = args[-1]
@@ -328,11 +328,11 @@ class ReferenceBank(nn.Module):
                 self._make_room(name, tensor.shape, dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def misfit(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+    def misfit(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
         """What keeps the bank from taking over that of a checkpoint.
 
         Args:
-            key (str): Of the file that holds its descriptors; empty if the checkpoint holds them.
+            key (str | None): From :func:`key_of_file`.
             incoming (dict[str, Tensor]): Its tensors by name; those in the file are added.
 
         Returns:
@@ -340,12 +340,12 @@ class ReferenceBank(nn.Module):
         """
         return self._map_file(key, incoming) or self._misfit(incoming) or self._reduction_of_file(key, incoming)
 
-    def _map_file(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+    def _map_file(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
         """Add the file's tensors to those of a checkpoint that has its key, or say why this cannot be."""
-        if not key:
-            return None
-        if self.file is None:
+        if key is not None and self.file is None:
             return "its descriptors lie in a file of their own: give it as bank_file."
+        if not key or self.file is None:
+            return None
         if not self.file.is_file():
             return f"the file of its descriptors, bank_file={str(self.file)!r}, does not exist."
         try:
@@ -357,7 +357,7 @@ class ReferenceBank(nn.Module):
         incoming.update(tensors)
         return None
 
-    def _reduction_of_file(self, key: str, incoming: dict[str, Tensor]) -> str | None:
+    def _reduction_of_file(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
         count = len(incoming.get("descriptors_1", ()))
         if key and (count > self.count_for(count) or incoming["descriptors_1"].dtype != self.dtype):
             stored = {dtype: name for name, dtype in DTYPES.items()}[incoming["descriptors_1"].dtype]
@@ -451,6 +451,19 @@ class ReferenceBank(nn.Module):
         if torch.int8 in types and not {"scales_1", "scales_2"} <= incoming.keys():
             return "its descriptors are int8 but it has no scales."
         return None
+
+
+def key_of_file(entry: Tensor | None) -> str | None:
+    """Read what a checkpoint says of a file of descriptors.
+
+    Args:
+        entry (Tensor | None): Its entry :data:`KEY`, bytes, if it has one.
+
+    Returns:
+        str | None: Key of the file; empty for a resume point, whose file is outdated; None if the descriptors are not
+            in a file of their own.
+    """
+    return None if entry is None else bytes(entry.tolist()).hex()
 
 
 def coarse_foregrounds(foregrounds: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ class ResumePoint(Callback):
 
     def _rescue(self, trainer: Trainer, exception: BaseException) -> None:
         folder = _folder(trainer)
-        # Validation within a training counts: what it follows may have taken hours.
-        if folder is None or trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
+        # Validation within a training counts: what it follows may have taken hours. Steps of an earlier fit do not.
+        fitting = trainer.state.fn == TrainerFn.FITTING and cast("Any", trainer.lightning_module).is_prepared
+        if folder is None or not fitting or trainer.global_step == 0:
             return
         cast("Any", trainer.lightning_module).forget_unfinished_step()
         # The quick one first: building the bank takes a while, and may be what failed.
@@ -83,6 +84,7 @@ class ResumePoint(Callback):
         What Lightning does then depends on where exactly that was, and is at best a part of it.
         """
         rank_zero_info("No step is left: what remains is the reference bank, validation and the checkpoint.")
+        pl_module.to(trainer.strategy.root_device)  # Lightning has already moved it to the CPU
         cast("Any", pl_module).build_bank()
         validation = trainer.fit_loop.epoch_loop.val_loop
         validation.restarting = False  # all of it: the metrics of its first half are gone
@@ -93,6 +95,7 @@ class ResumePoint(Callback):
             if isinstance(callback, ModelCheckpoint):
                 callback._last_global_step_saved = 0  # noqa: SLF001 - it may have saved what was not validated
                 callback.on_train_epoch_end(trainer, pl_module)
+        pl_module.cpu()
 
     @staticmethod
     def _save(trainer: Trainer, path: Path, *, bank: bool, alone: bool = False) -> None:

@@ -4,7 +4,7 @@
 from collections.abc import Container, Mapping
 from typing import Any
 
-from .scoring import PAPER_SIGMA
+from .scoring import PAPER_SIGMA, SIGMA
 from .torch_model import CprModel
 
 # The paper's, and what a checkpoint was scored with that does not say.
@@ -15,6 +15,15 @@ PAPER_SETTINGS: dict[str, Any] = {
     "follow_edges": False,
     "coherent_matching": False,
     "relative_to_image": False,
+}
+
+# What a training begins with; it decides anew on all but the blur, outlines and relative distances.
+TRAINING_SETTINGS: dict[str, Any] = {
+    **PAPER_SETTINGS,
+    "blur_sigma": SIGMA,
+    "follow_edges": True,
+    "coherent_matching": True,
+    "relative_to_image": True,
 }
 
 

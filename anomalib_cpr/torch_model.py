@@ -158,7 +158,7 @@ class CprModel(nn.Module):
 
     @blur_sigma.setter
     def blur_sigma(self, sigma: float) -> None:
-        self.scorer = Scorer(sigma=sigma).to(self.scorer.kernel.device)
+        self.scorer = Scorer(self.scorer.top_share, sigma).to(self.scorer.kernel.device)
 
     @property
     def heads(self) -> list[MetricHead]:

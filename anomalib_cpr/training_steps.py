@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import LambdaLR
 
 # Lightning's own limit when the user gives none. It cannot be told from an explicit 1000.
 LIGHTNING_DEFAULT_EPOCHS = 1000
@@ -99,6 +100,18 @@ def remaining_batches(plan: StepPlan, trainer: Trainer) -> int:
         return plan.batches_per_epoch
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return max(1, plan.batches_per_epoch - (progress.total.completed - progress.current.completed))
+
+
+def restart(scheduler: LambdaLR) -> None:
+    """Give an optimiser the learning rate of the first step anew; what a checkpoint says comes later.
+
+    Args:
+        scheduler (LambdaLR): Of the optimiser.
+    """
+    rates = [base * factor(0) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates  # noqa: SLF001 - what get_last_lr tells
 
 
 def step_generator(seed: int, rank: int, step: int, batch: int) -> torch.Generator:

@@ -1,5 +1,7 @@
 """Training, resuming and evaluating through anomalib's real Engine."""
 
+from unittest import mock
+
 import cv2
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, ref
 from anomalib_cpr.lightning_model import Cpr
 from anomalib_cpr.matching_choice import WEAK_OPACITY, Matching
 from anomalib_cpr.metric_head import MetricHead
+from anomalib_cpr.scoring_settings import PAPER_SETTINGS, TRAINING_SETTINGS, settings_of
+from anomalib_cpr.training_steps import learning_rate_factor
 
 
 def weights(model):
@@ -124,11 +128,17 @@ USUAL, WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999))
         ({"k": 3}, 1.2, "not asked", Matching(3, (3, 1))),
         (
             {"window_sizes": [5, 3]},
-            "not asked",
+            3.0,
             {Matching(10, (5, 3)): 1, Matching(13, (5, 3)): 2},
             Matching(13, (5, 3)),
         ),
-        ({"k": 3, "window_sizes": [5, 3]}, "not asked", "not asked", Matching(3, (5, 3))),
+        ({"k": 3, "window_sizes": [5, 3]}, 3.0, "not asked", Matching(3, (5, 3))),
+        (
+            {"k": 3, "window_sizes": [5, 3], "coherent_matching": True, "recoloured_anomalies": 0.1},
+            "not asked",
+            "not asked",
+            Matching(3, (5, 3)),
+        ),
     ],
 )
 def test_references_and_windows_are_chosen_by_evidence(
@@ -161,6 +171,7 @@ def test_references_and_windows_are_chosen_by_evidence(
     trainer = engine(max_steps=1)
     trainer.fit(model, datamodule=datamodule)
     assert (model.model.k, model.model.window_sizes) == expected
+    assert model.model.coherent_matching is given.get("coherent_matching", looks != 3.0), "not for loose parts"
     assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
@@ -243,7 +254,7 @@ def test_shares_of_recoloured_and_displaced_anomalies(
             seen.append((trainer.global_step, pl_module._synthesise.recoloured, pl_module._synthesise.displaced))
 
     monkeypatch.setattr(Cpr, "_looks_loose", lambda *_: loose)
-    monkeypatch.setattr(Cpr, "_decide_on_matching", lambda *_: None)
+    monkeypatch.setattr(Cpr, "_decide_on_matching", lambda *_, **__: None)
     model = tiny_model(kind=kind, **given)
     engine(max_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)
     assert seen == [(0, *map(pytest.approx, expected))]
@@ -332,6 +343,78 @@ def test_a_seed_of_its_own_gives_one_result(engine, tiny_model, tiny_datamodule)
         engine(max_steps=2, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
         results.append(weights(model.model))
     assert_same(*results)
+
+
+def test_a_fit_does_not_depend_on_what_the_model_has_loaded_before(engine, tiny_model, tiny_datamodule, tmp_path):
+    papers = {"blur_sigma": 4, "follow_edges": False, "coherent_matching": False, "relative_to_image": False}
+    engine(max_steps=1).fit(tiny_model(**papers), datamodule=tiny_datamodule)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    model = tiny_model(relative_to_image=False)
+    engine().test(model, datamodule=tiny_datamodule, ckpt_path=str(checkpoint))
+    assert settings_of(model.model) == {**PAPER_SETTINGS, "k": 3}
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    assert settings_of(model.model) == {**TRAINING_SETTINGS, "k": 3, "relative_to_image": False}
+
+
+@pytest.mark.parametrize("steps", [5, 100, 300])
+def test_the_first_step_has_its_learning_rate(engine, tiny_model, tiny_datamodule, steps):
+    """Also in a second fit, whose scheduler is made before it has a plan of its own."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+            raise ZeroDivisionError
+
+    model = tiny_model()
+    engine(max_steps=1, limit_val_batches=0).fit(model, datamodule=tiny_datamodule)
+    with pytest.raises(ZeroDivisionError):
+        engine(max_steps=steps, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)
+    assert seen == [1e-3 * learning_rate_factor(0, steps, "cosine", 20)]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_before_the_steps_of_a_second_fit_leaves_the_first(
+    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, stop
+):
+    model, own = tiny_model(), engine(max_steps=2, limit_val_batches=0)
+    own.fit(model, datamodule=tiny_datamodule)
+    before = weights(model.model)
+    monkeypatch.setattr(lightning_preparation, "load_training_images", mock.Mock(side_effect=stop))
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else stop):
+        own.fit(model, datamodule=tiny_datamodule)
+    assert_same(before, weights(model.model))
+    assert not [*tmp_path.rglob("resume.ckpt"), *tmp_path.rglob("interrupted.ckpt")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        ({"kind": "texture"}, lambda images: images, "kind='texture' was given, but .* was trained as 'object'"),
+        ({}, lambda images: images.flip(0), r"trained on another image in place of .*000\.png"),
+    ],
+)
+def test_a_training_resumes_with_what_it_had(
+    engine, tiny_model, tiny_datamodule, tmp_path, monkeypatch, arguments, change, message
+):
+    interrupt(engine, tiny_model(), tiny_datamodule, 2, max_steps=4)
+    (usable,) = tmp_path.rglob("interrupted.ckpt")
+    load = lightning_preparation.load_training_images
+
+    def load_others(*given):
+        images = load(*given)
+        images.images = change(images.images)
+        return images
+
+    monkeypatch.setattr(lightning_preparation, "load_training_images", load_others)
+    with pytest.raises(ValueError, match=message):
+        engine(max_steps=4).fit(tiny_model(**arguments), datamodule=tiny_datamodule, ckpt_path=usable)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_other_numbers_than_float32_are_refused(engine, tiny_model, tiny_datamodule, precision):
+    with pytest.raises(ValueError, match=f"precision='{precision}': retrieval needs float32"):
+        engine(max_steps=1, precision=precision).fit(tiny_model(), datamodule=tiny_datamodule)
 
 
 def interrupt(engine, model, datamodule, stop_at, error=KeyboardInterrupt, **limits):

@@ -51,6 +51,8 @@ def test_candidates(k, available, more, whole, expected):
         ({10: 2.0, 20: 0.1}, 10),
         ({10: 0.0, 20: 0.0}, 10),
         ({10: -0.1, 20: -0.2}, 10),
+        ({10: -0.1, 20: -0.05, 40: 0.06}, 10),  # heads that tell nothing apart
+        ({10: -0.1, 20: 0.5}, 20),
     ],
 )
 def test_choice(contrasts, expected):
