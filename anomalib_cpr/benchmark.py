@@ -27,6 +27,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .messages import first_line
+
 EVALUATION = {"size": [320, 320], "speed_seconds": 5.0, "throughput_batch": 8}
 KEYS = {"name", "title", "notes", "seeds", "time_limit_minutes", "trainer", "evaluation", "data", "models"}
 MODEL_KEYS = {"name", "class_path", "init_args", "image_size", "backbone_weights", "trainer", "data", "notes"}
@@ -143,7 +145,7 @@ def read_configuration(file: Path, overrides: Sequence[str] = ()) -> tuple[dict[
     try:
         resolved: Any = OmegaConf.to_container(loaded, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{str(error).splitlines()[0]}. Set it, or give the value with --set.") from error
+        raise ValueError(f"{first_line(error)}. Set it, or give the value with --set.") from error
     written: Any = OmegaConf.to_container(loaded, resolve=False)
     _check(resolved)
     for configuration in (resolved, written):

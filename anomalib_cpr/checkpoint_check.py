@@ -16,6 +16,8 @@ import torch
 from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor
 
+from .messages import first_line
+
 SHOWN = 3  # problems that a message names
 MODEL = "model."
 BANK = "model.bank."
@@ -71,7 +73,7 @@ def check_file(path: str | Path) -> None:
                 f"{path} was not loaded: it asks for {wanted[1]}, and a file that asks for more than tensors and plain "
                 "values can run code. Use a checkpoint that `anomalib train --model Cpr` wrote."
             ) from error
-        raise ValueError(f"{path} is damaged ({_first_line(error)}). {WAY_OUT}") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)}). {WAY_OUT}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: its part {damaged} does not match its checksum. {WAY_OUT}")
     if not isinstance(content, Mapping) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
@@ -214,8 +216,3 @@ def _odd_sizes(bank: Mapping[str, Tensor]) -> str | None:
         if scale in bank and tuple(bank[scale].shape) != (len(descriptors), 1, *descriptors.shape[-2:]):
             return f"{scale} has shape {tuple(bank[scale].shape)}, which is not one factor per descriptor."
     return None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

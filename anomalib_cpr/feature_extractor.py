@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .messages import first_line
+
 logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8)
@@ -83,11 +85,11 @@ class FeatureExtractor(nn.Module):
             if weights_file is not None:
                 raise ValueError(
                     f"backbone_weights={str(weights_file)!r} does not hold weights of {self.backbone!r}: "
-                    f"{_first_line(error)}. Give a state dict (torch.save) of this timm network, or another `backbone`."
+                    f"{first_line(error)}. Give a state dict (torch.save) of this timm network, or another `backbone`."
                 ) from error
             raise RuntimeError(
                 f"The weights of {self.backbone!r} are not in the cache and could not be downloaded "
-                f"({_first_line(error)}). Without internet, pass `backbone_weights=FILE` (a state dict of the timm "
+                f"({first_line(error)}). Without internet, pass `backbone_weights=FILE` (a state dict of the timm "
                 "network, fetched on another machine), or `pre_trained=False` for random weights."
             ) from error
         self.network.load_state_dict(network.state_dict())
@@ -146,7 +148,7 @@ def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
         info = network.feature_info.info
     except Exception as error:
         raise ValueError(
-            f"backbone={backbone!r} cannot be built as a timm `features_only` network: {_first_line(error)}. "
+            f"backbone={backbone!r} cannot be built as a timm `features_only` network: {first_line(error)}. "
             "See timm.list_models()."
         ) from error
     strides = {entry["module"]: entry["reduction"] for entry in info}
@@ -168,8 +170,3 @@ def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
 
 def _nearest(side: int) -> int:
     return max(1, round(side / STRIDES[-1])) * STRIDES[-1]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

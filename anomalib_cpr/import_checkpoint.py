@@ -7,6 +7,7 @@ training.
 """
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .checkpoint_check import is_finite
+from .feature_extractor import checked_size
 from .lightning_model import IMAGE_SIZE, Cpr
+from .messages import first_line
 from .scoring_settings import PAPER_SETTINGS
 from .torch_model import CprModel
 
@@ -68,7 +71,7 @@ def read_released(path: str | Path) -> ReleasedWeights:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load answers a file of another kind with any of a dozen
         raise ValueError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0]}). Give a file made by torch.save of a "
+            f"{path} cannot be read as weights ({first_line(error)}). Give a file made by torch.save of a "
             "state dict, complete, and with nothing but tensors in it."
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -245,13 +248,15 @@ def run(arguments: argparse.Namespace) -> int:
         int: 0, or 1 if the checkpoint cannot be imported.
     """
     kind: Literal["object", "texture", "auto"] = arguments.kind
+    if len(arguments.image_size) == 1:
+        arguments.image_size *= 2
     try:
         datamodule = _read_datamodule(["--data", arguments.data, *arguments.rest])
         model = import_checkpoint(
             arguments.checkpoint,
             datamodule,
             arguments.output,
-            image_size=(arguments.image_size[0], arguments.image_size[-1]),
+            image_size=checked_size(arguments.image_size),
             accelerator=arguments.accelerator,
             backbone=arguments.backbone,
             layers=arguments.layers,
@@ -264,9 +269,22 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print(
         f"Wrote {arguments.output}: {model.model.bank.histograms.shape[0]} references, {model.resolved_kind}.\n"
-        f"anomalib test --model Cpr --data {arguments.data} {' '.join(arguments.rest)} --ckpt_path {arguments.output}"
+        f"anomalib test --model Cpr{_model_arguments(arguments, model)} --data {arguments.data} "
+        f"{' '.join(arguments.rest)} --ckpt_path {arguments.output}"
     )
     return 0
+
+
+def _model_arguments(arguments: argparse.Namespace, model: Cpr) -> str:
+    """What `anomalib test` must be told of the model, because it differs from the defaults."""
+    shape = {
+        "backbone": (arguments.backbone, "densenet201"),
+        "layers": (f"[{', '.join(arguments.layers)}]", "[features.denseblock1, features.denseblock2]"),
+        "descriptor_channels": (model.model.bank.channels, 384),
+        "image_size": (arguments.image_size, list(IMAGE_SIZE)),
+    }
+    told = [f" --model.{name} {shlex.quote(str(own))}" for name, (own, usual) in shape.items() if own != usual]
+    return "".join(told)
 
 
 def _read_datamodule(argv: Sequence[str]) -> AnomalibDataModule:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .memory import available_bytes
+from .messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def record(
         logger.warning(
             "The backbone cannot be recorded as a CUDA graph (%s). Steps start its operations one by one, which takes "
             "longer and gives the same.",
-            str(error).strip().splitlines()[0],
+            first_line(error),
         )
         return backbone
     kept = torch.cuda.memory_reserved(device) - before

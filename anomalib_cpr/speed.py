@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .messages import first_line
 from .recorded_backbone import record_graph
 from .speed_models import FUSED, FUSED_ROWS, ROWS, NaiveCpr, Row, Setting, build, cpr_stages
 from .speed_report import STAGES, machine, plot
@@ -166,7 +167,7 @@ def build_rows(names: Sequence[str], setting: Setting, device: torch.device, con
         try:
             rows.append(build(name, setting, device, shared))
         except (ValueError, RuntimeError, ImportError) as error:
-            console.print(f"[yellow]{name} is left out: {str(error).splitlines()[0]}[/yellow]")
+            console.print(f"[yellow]{name} is left out: {first_line(error)}[/yellow]")
             continue
         if name == "cpr":
             shared = rows[-1].model  # type: ignore[assignment]

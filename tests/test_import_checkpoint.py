@@ -154,7 +154,12 @@ def test_command_writes_a_checkpoint_that_tests_and_predicts(released, data, tmp
     arguments = ["--data", "MVTecAD", "--data.root", str(data.root), "--data.category", "screw"]
     arguments += ["--data.num_workers", "0", "--output", str(output), "--image-size", str(SIZE)]
     assert cli.main(["import-checkpoint", str(released), *arguments, "--accelerator", "cpu"]) == 0
-    assert "6 references, object" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 references, object" in said
+    # The command to go on with says what differs from the defaults.
+    assert (
+        f"anomalib test --model Cpr --model.descriptor_channels 24 --model.image_size '[{SIZE}, {SIZE}]' --data" in said
+    )
     model = Cpr(descriptor_channels=24, pre_processor=Cpr.configure_pre_processor((SIZE, SIZE)))
     engine = Engine(default_root_dir=tmp_path, logger=False, enable_progress_bar=False, accelerator="cpu")
     (metrics,) = engine.test(model, datamodule=data, ckpt_path=output)
