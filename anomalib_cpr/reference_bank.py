@@ -199,13 +199,16 @@ class ReferenceBank(nn.Module):
         """Give the file of the descriptors its key, and its place."""
         if self.file is None or not len(self):
             return
-        # Of the content, so that processes that describe the same images come to the same key.
+        key = self._key_of(_some(len(self)))
+        self._hold(complete(self.file, key))
+        self.file_key = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)
+
+    def _key_of(self, some: Tensor) -> str:
+        """Of the content, so that processes that describe the same images come to the same key."""
         digest = hashlib.sha256()
-        some = torch.linspace(0, len(self) - 1, min(len(self), _BLOCK)).round().long()
         for name in self._per_descriptor:
             digest.update(getattr(self, name)[some].contiguous().numpy().tobytes())
-        self._hold(complete(self.file, digest.hexdigest()))
-        self.file_key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        return digest.hexdigest()
 
     def _stored_channels(self, dtype: torch.dtype) -> int:
         return packed_channels(self.channels) if dtype == torch.uint8 else self.channels
@@ -338,7 +341,12 @@ class ReferenceBank(nn.Module):
         Returns:
             str | None: None if nothing does.
         """
-        return self._map_file(key, incoming) or self._misfit(incoming) or self._reduction_of_file(key, incoming)
+        return (
+            self._map_file(key, incoming)
+            or self._misfit(incoming)
+            or self._reduction_of_file(key, incoming)
+            or self._file_of_others(key, incoming)
+        )
 
     def _map_file(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
         """Add the file's tensors to those of a checkpoint that has its key, or say why this cannot be."""
@@ -364,20 +372,48 @@ class ReferenceBank(nn.Module):
             return f"the file of its descriptors is not converted: use bank_dtype={stored!r} and max_references=None."
         return None
 
+    def _file_of_others(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
+        """Loading must not destroy what another checkpoint needs: is there a file that would become another?"""
+        if (
+            key is not None
+            or self.file is None
+            or not self.file.is_file()
+            or not len(incoming.get("descriptors_1", ()))
+        ):
+            return None
+        chosen = self._chosen_of(incoming)
+        chosen = chosen[_some(len(chosen))]
+        as_stored = ReferenceBank(self.channels, self.histograms.shape[2], 1, self.bank_dtype)
+        as_stored.allocate(len(chosen), _cells(incoming))
+        as_stored._copy(0, chosen, incoming)
+        try:
+            if read(self.file)[0] == as_stored._key_of(torch.arange(len(chosen))):
+                return None
+        except ValueError as error:
+            return f"{error} Delete it, or give another name as bank_file."
+        return (
+            f"bank_file={str(self.file)!r} holds the descriptors of another checkpoint, which needs them. Give another "
+            "name, or delete the file."
+        )
+
+    def _chosen_of(self, incoming: dict[str, Tensor]) -> Tensor:
+        """Which images of a checkpoint's bank are taken over."""
+        count = len(incoming["descriptors_1"])
+        if count <= self.count_for(count):
+            return torch.arange(count)
+        return representatives(incoming.get("histograms", self.histograms).cpu(), self.count_for(count))
+
     def _reduced(self, incoming: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Entries of a checkpoint's bank that take another form here: other storage, fewer images."""
         count = len(incoming["descriptors_1"])
-        histograms = incoming.get("histograms", self.histograms)
-        chosen = torch.arange(count)
-        if count > self.count_for(count):
-            chosen = representatives(histograms.cpu(), self.count_for(count))
+        chosen = self._chosen_of(incoming)
         if count == 0:  # a resume point
             self.clear()
             return {prefix + name: getattr(self, name) for name in self._per_descriptor}
         if len(chosen) == count and incoming["descriptors_1"].dtype == self.dtype and self.file is None:
             return {}
         # Written block by block into this bank's own buffers; loading then copies them onto themselves.
-        self.allocate(len(chosen), [(d.shape[-2], d.shape[-1]) for d in _both(incoming, "descriptors")])
+        self.allocate(len(chosen), _cells(incoming))
         for start in range(0, len(chosen), _BLOCK):
             block = chosen[start : start + _BLOCK]
             self._copy(start, block, incoming)
@@ -480,6 +516,16 @@ def coarse_foregrounds(foregrounds: Tensor) -> Tensor:
     if foregrounds.dtype == torch.uint8 or not foregrounds.numel():
         return foregrounds
     return (255 * F.max_pool2d(foregrounds, 2)).round().to(torch.uint8)
+
+
+def _some(count: int) -> Tensor:
+    """Images whose descriptors make the key of a file."""
+    return torch.linspace(0, count - 1, min(count, _BLOCK)).round().long()
+
+
+def _cells(incoming: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """Height and width of the maps of a checkpoint's bank, per scale."""
+    return [(tensor.shape[-2], tensor.shape[-1]) for tensor in _both(incoming, "descriptors")]
 
 
 def _both(incoming: dict[str, Tensor], name: str) -> list[Tensor]:

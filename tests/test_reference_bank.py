@@ -271,6 +271,22 @@ def test_a_checkpoint_with_descriptors_is_put_into_a_file(tmp_path, dtype):
     assert torch.equal(again.foregrounds, expected.foregrounds)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", None), ("float16", None), ("int8", 20), ("int4", 20)])
+def test_loading_leaves_a_file_that_another_checkpoint_needs(tmp_path, dtype, kept):
+    path, bank = tmp_path / "bank", filled(count=37)
+    ReferenceBank(4, 6, 2, dtype, kept, file=path).load_state_dict(bank.state_dict())
+    ReferenceBank(4, 6, 2, dtype, kept, file=path).load_state_dict(bank.state_dict())  # the same once more
+    before = path.read_bytes()
+    bank.descriptors_2.neg_()
+    with pytest.raises(RuntimeError, match=r"another checkpoint, which needs them\. Give another name, or delete"):
+        ReferenceBank(4, 6, 2, dtype, kept, file=path).load_state_dict(bank.state_dict())
+    assert path.read_bytes() == before
+    path.write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match=r"not a complete file of descriptors\. Delete it, or give another name"):
+        ReferenceBank(4, 6, 2, dtype, kept, file=path).load_state_dict(bank.state_dict())
+    assert path.read_bytes() == b"something else"
+
+
 def test_a_file_stays_on_the_host(tmp_path):
     bank = filled(dtype="int8", file=tmp_path / "bank")
     bank.to("meta")
