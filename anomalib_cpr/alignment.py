@@ -57,6 +57,9 @@ def generous_window(cells: int) -> int:
 
     Args:
         cells (int): Longer side of the map.
+
+    Returns:
+        int: An odd number.
     """
     return 2 * round(GENEROUS_SHARE * cells) + 1
 

@@ -122,6 +122,9 @@ def is_finite(value: Tensor) -> bool:
 
     Args:
         value (Tensor): Of any type and shape.
+
+    Returns:
+        bool: True for whole numbers and for empty tensors.
     """
     return not value.is_floating_point() or not value.numel() or all(bound.isfinite() for bound in value.aminmax())
 

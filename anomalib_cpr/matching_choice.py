@@ -58,7 +58,7 @@ USUAL_MATCHING = Matching(PAPER_SETTINGS["k"], tuple(PAPER_SETTINGS["window_size
 LEAST_CONTRAST = 0.05  # heads that tell less apart tell nothing of references either
 
 
-def contrast(good: Tensor, anomalous: Tensor) -> float:
+def contrast_of_anomalies(good: Tensor, anomalous: Tensor) -> float:
     """What anomalies add to the scores of good images, in proportion to these scores.
 
     Args:
@@ -146,7 +146,7 @@ def compare_matchings(
     finally:
         model.train(was_training)
     pairs = {option: torch.stack(found) for option, found in scores.items() if len(found) > 1}
-    return {option: contrast(*found.T) for option, found in pairs.items()}
+    return {option: contrast_of_anomalies(*found.T) for option, found in pairs.items()}
 
 
 def _scores(

@@ -41,6 +41,9 @@ def smaller_bank(device: torch.device) -> str:
 
     Args:
         device (torch.device): Where it was to be.
+
+    Returns:
+        str: A clause.
     """
     return _SMALLER_BANK if device.type == "cpu" else _SMALLER_BANK + _ON_HOST
 
@@ -82,6 +85,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Args:
         error (BaseException): Any.
+
+    Returns:
+        bool: Whether there was too little of it.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

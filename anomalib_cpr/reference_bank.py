@@ -170,6 +170,9 @@ class ReferenceBank(nn.Module):
         Args:
             count (int): Number of training images, of which at most ``max_references`` are kept.
             cells (Sequence[tuple[int, int]]): Height and width of the feature maps, per scale.
+
+        Returns:
+            float: Megabytes.
         """
         per_cell = self._stored_channels(self.dtype) * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
         return 1e-6 * self.count_for(count) * per_cell * sum(height * width for height, width in cells)

@@ -306,6 +306,9 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
     Args:
         device (torch.device): Where the tensors are.
+
+    Returns:
+        AbstractContextManager: In which operations compute in the type of their tensors.
     """
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -292,6 +292,9 @@ def training_autocast(precision: str, device: torch.device) -> AbstractContextMa
     Args:
         precision (str): As in :func:`step_precision`.
         device (torch.device): Where the step runs.
+
+    Returns:
+        AbstractContextManager: In which the step is to be computed.
     """
     if step_precision(precision, device) == "float32" or torch.is_autocast_enabled(device.type):
         return nullcontext()

@@ -95,6 +95,9 @@ def remaining_batches(plan: StepPlan, trainer: Trainer) -> int:
     Args:
         plan (StepPlan): The plan.
         trainer (Trainer): Knows the batches done.
+
+    Returns:
+        int: Number of batches, at least 1.
     """
     if not plan.single_epoch:
         return plan.batches_per_epoch

@@ -6,7 +6,14 @@ import pytest
 import torch
 from test_torch_model import make_model
 
-from anomalib_cpr.matching_choice import ASKED_IMAGES, Matching, candidates, choose, compare_matchings, contrast
+from anomalib_cpr.matching_choice import (
+    ASKED_IMAGES,
+    Matching,
+    candidates,
+    choose,
+    compare_matchings,
+    contrast_of_anomalies,
+)
 from anomalib_cpr.training_images import TrainingImages, with_turned_copies
 
 WINDOWS, WHOLE = (3, 1), (999, 999)
@@ -17,11 +24,13 @@ WINDOWS, WHOLE = (3, 1), (999, 999)
 )
 def test_contrast(good, anomalous):
     added = sum(b - a for a, b in zip(good, anomalous, strict=True))
-    assert contrast(torch.tensor(good), torch.tensor(anomalous)) == pytest.approx(added / sum(good), abs=1e-6)
+    assert contrast_of_anomalies(torch.tensor(good), torch.tensor(anomalous)) == pytest.approx(
+        added / sum(good), abs=1e-6
+    )
 
 
 def test_contrast_of_images_that_are_their_references_is_finite():
-    assert math.isfinite(contrast(torch.zeros(3), torch.full((3,), 0.2)))
+    assert math.isfinite(contrast_of_anomalies(torch.zeros(3), torch.full((3,), 0.2)))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,7 @@ def test_evidence_is_what_forward_says_of_a_bank_without_the_image(images, spare
             alone.k, alone.window_sizes = option
             scores[option].append(alone(pair).pred_score)
     for option in options:
-        assert found[option] == pytest.approx(contrast(*torch.stack(scores[option]).T), rel=1e-3)
+        assert found[option] == pytest.approx(contrast_of_anomalies(*torch.stack(scores[option]).T), rel=1e-3)
 
 
 def test_only_what_the_bank_holds_is_a_reference(images):
@@ -126,7 +135,7 @@ def test_only_what_the_bank_holds_is_a_reference(images):
         pair = torch.cat([images[index : index + 1], Square()(images[index : index + 1], None, None)[0]])
         others = [image for image in in_bank.tolist() if image != index]
         scores.append(make_model(images[others], k=2)(pair).pred_score)
-    assert found[options[1]] == pytest.approx(contrast(*torch.stack(scores).T), rel=1e-3)
+    assert found[options[1]] == pytest.approx(contrast_of_anomalies(*torch.stack(scores).T), rel=1e-3)
 
 
 def test_no_anomaly_no_evidence(images):
