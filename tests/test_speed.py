@@ -172,7 +172,7 @@ def test_a_model_that_cannot_be_built_is_left_out(monkeypatch, capsys):
 
     monkeypatch.setattr(speed, "build", no_backbone)
     assert speed.build_rows(["rad"], Setting(), CPU, speed.Console()) == []
-    assert "rad is left out: no such backbone" in capsys.readouterr().out
+    assert "rad is left out: RuntimeError: no such backbone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
