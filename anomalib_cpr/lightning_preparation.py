@@ -344,7 +344,7 @@ class Preparation(LightningModule):
             )
         if bank.holds_all_of(count):
             self._check_same_images(images)
-        if not bank.holds_all_of(count):
+        else:  # there is nothing to compare with
             bank.clear()
             self._describe_globally(images)
         rank_zero_info("Codebook, foreground and histograms: from the checkpoint.")
