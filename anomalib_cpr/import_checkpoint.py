@@ -27,6 +27,7 @@ from .checkpoint_check import is_finite
 from .feature_extractor import checked_size
 from .lightning_model import IMAGE_SIZE, Cpr
 from .messages import first_line
+from .presets import PRESETS
 from .scoring_settings import PAPER_SETTINGS
 from .torch_model import CprModel
 
@@ -277,13 +278,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _model_arguments(arguments: argparse.Namespace, model: Cpr) -> str:
     """What `anomalib test` must be told of the model, because it differs from the defaults."""
-    shape = {
-        "backbone": (arguments.backbone, "densenet201"),
-        "layers": (f"[{', '.join(arguments.layers)}]", "[features.denseblock1, features.denseblock2]"),
-        "descriptor_channels": (model.model.bank.channels, 384),
-        "image_size": (arguments.image_size, list(IMAGE_SIZE)),
+    usual = {**PRESETS["cpr"], "image_size": IMAGE_SIZE}
+    own = {
+        "backbone": arguments.backbone,
+        "layers": tuple(arguments.layers),
+        "descriptor_channels": model.model.bank.channels,
+        "image_size": tuple(arguments.image_size),
     }
-    told = [f" --model.{name} {shlex.quote(str(own))}" for name, (own, usual) in shape.items() if own != usual]
+    told = []
+    for name, value in own.items():
+        if value != usual[name]:
+            text = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+            told.append(f" --model.{name} {shlex.quote(text)}")
     return "".join(told)
 
 
