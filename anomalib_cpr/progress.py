@@ -38,7 +38,7 @@ def progress_bar(description: str, total: int, *, enabled: bool) -> Callable[[It
 
     def track(iterable: Iterable) -> Iterator:
         bar = tqdm(
-            iterable,
+            iter(iterable),  # else tqdm begins twice, and a data loader starts its processes twice
             desc=description,
             total=total,
             disable=not enabled,

@@ -35,3 +35,19 @@ def test_stage_logs_its_time(monkeypatch):
 def test_progress_bar_yields_what_it_is_given(capsys, enabled):
     assert list(progress_bar("Features", 3, enabled=enabled)("abc")) == ["a", "b", "c"]
     assert ("Features" in capsys.readouterr().err) == enabled
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_progress_bar_begins_once(enabled):
+    """A data loader starts its processes each time that it is asked to begin."""
+
+    class Counted:
+        begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return iter("abc")
+
+    iterable = Counted()
+    assert list(progress_bar("Features", 3, enabled=enabled)(iterable)) == ["a", "b", "c"]
+    assert iterable.begun == 1

@@ -25,7 +25,7 @@ def few_screws(data_root, tmp_path):
     for file in (target / "test/scratch_head").glob("*.png"):
         mask = f"{file.stem}_mask.png"
         shutil.copy(source / "ground_truth/scratch_head" / mask, target / "ground_truth/scratch_head" / mask)
-    return MVTecAD(root=tmp_path / "data", category="screw", train_batch_size=2, eval_batch_size=5, num_workers=0)
+    return MVTecAD(root=tmp_path / "data", category="screw", train_batch_size=4, eval_batch_size=5, num_workers=0)
 
 
 def test_screws(few_screws, data_root, tmp_path):
@@ -36,13 +36,13 @@ def test_screws(few_screws, data_root, tmp_path):
         descriptor_channels=16,
         image_size=160,
     )
-    engine = Engine(max_steps=2, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    engine = Engine(max_steps=16, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
     (metrics,) = engine.train(model, datamodule=few_screws)
     assert model.resolved_kind == "object"
     assert bool(model.model.feature_extractor.weights_loaded)
     foregrounds = model.model.bank.foregrounds
     assert foregrounds[..., 18:22, 18:22].mean() > foregrounds[..., :4, :].mean() + 0.2, "screws lie in the middle"
-    assert metrics["pixel_AUROC"] > 0.8
+    assert metrics["pixel_AUROC"] > 0.9
     assert len(list(tmp_path.rglob("images/**/*.png"))) == 10
 
 
