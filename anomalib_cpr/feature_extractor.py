@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from .messages import first_line
@@ -110,17 +111,46 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If a side is not divisible by 8.
         """
-        height, width = images.shape[-2:]
-        if height % STRIDES[-1] or width % STRIDES[-1]:
-            raise ValueError(
-                f"Image size {height}x{width} does not fit the strides {STRIDES}: both sides must be divisible by "
-                f"{STRIDES[-1]}; nearest is {_nearest(height)}x{_nearest(width)}: "
-                f"Cpr(image_size=({_nearest(height)}, {_nearest(width)})), --model.image_size "
-                f"'[{_nearest(height)}, {_nearest(width)}]', or your own pre-processor."
-            )
+        images = _laid_out(images)
         with torch.no_grad():
-            # Channels last: CPUs convolve a third faster, GPUs in half precision too, and a descriptor is one piece.
-            return self.network(images.contiguous(memory_format=torch.channels_last))
+            return self.network(images)
+
+    def finest(self, images: Tensor) -> Tensor:
+        """Compute F1 alone, where nothing asks for F2, without the layers behind it: two thirds of DenseNet-201's time.
+
+        Args:
+            images (Tensor): As in :meth:`forward`.
+
+        Returns:
+            Tensor: F1, bit for bit that of :meth:`forward`.
+
+        Raises:
+            ValueError: If a side is not divisible by 8.
+        """
+        network = self.network
+        if not isinstance(network, FeatureListNet):  # some, such as EfficientNet, are not a list of layers
+            return self(images)[0]
+        maps: Any = _laid_out(images)
+        with torch.no_grad():
+            for name, layer in network.items():
+                maps = layer(maps)
+                if name in network.return_layers:
+                    break
+        return maps[0] if isinstance(maps, (tuple, list)) else maps
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """Images of a size that fits, in the layout of the extractor."""
+    height, width = images.shape[-2:]
+    if height % STRIDES[-1] or width % STRIDES[-1]:
+        raise ValueError(
+            f"Image size {height}x{width} does not fit the strides {STRIDES}: both sides must be divisible by "
+            f"{STRIDES[-1]}; nearest is {_nearest(height)}x{_nearest(width)}: "
+            f"Cpr(image_size=({_nearest(height)}, {_nearest(width)})), --model.image_size "
+            f"'[{_nearest(height)}, {_nearest(width)}]', or your own pre-processor."
+        )
+    # Channels last: CPUs convolve a third faster, GPUs in half precision too, and a descriptor is one piece.
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def checked_size(size: Sequence[int] | int) -> tuple[int, int]:

@@ -151,7 +151,7 @@ class Preparation(LightningModule):
         histograms, foregrounds = [], []
         with torch.no_grad():
             for batch in known.split(self._preparation_batch):
-                features = model.feature_extractor(images.normalize(batch.to(self.device)))[0].float()
+                features = model.feature_extractor.finest(images.normalize(batch.to(self.device))).float()
                 histograms.append(model.global_retriever(features))
                 foregrounds.append(model.foreground_estimator(features))
         neighbours = model.global_retriever.nearest(torch.cat(histograms), model.bank.histograms, self._pairs_k)
@@ -261,6 +261,8 @@ class Preparation(LightningModule):
         self._describe_globally(images)
 
     def _learn_codebook_and_foreground(self, images: TrainingImages) -> None:
+        # Turned copies show the same parts once more, and corners that no camera has seen.
+        images = images.photographs
         model, seed, count = self.model, int(self.seed or 0), len(images)
         batches = -(-count // self._preparation_batch)
         with stage("Features"):
@@ -353,7 +355,7 @@ class Preparation(LightningModule):
         """By content, because data may have moved since."""
         chosen = spread(len(images), CHECKED_IMAGES)
         with torch.no_grad():
-            features = self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[0].float()
+            features = self.model.feature_extractor.finest(images.normalize(images.take(chosen, self.device))).float()
             histograms = self.model.global_retriever(features)
         expected = self.model.bank.histograms[chosen.to(self.device)]
         # A word here and there may differ on another device.

@@ -42,7 +42,7 @@ def collect_samples(
     chosen: dict[str, list[Tensor]] = {"anywhere": [], "ring": [], "inner_ring": [], "centre": []}
     for images in batches:
         with torch.no_grad():
-            features = model.feature_extractor(images)[0].float().permute(0, 2, 3, 1).cpu()
+            features = model.feature_extractor.finest(images).float().permute(0, 2, 3, 1).cpu()
         ring, inner_ring, centre = border_and_centre(*features.shape[1:3])
         masks = {"anywhere": torch.ones_like(ring), "ring": ring, "inner_ring": inner_ring, "centre": centre}
         for name, mask in masks.items():
@@ -192,7 +192,7 @@ def describe_globally(
         start = spans[-1][1] if spans else 0
         spans.append((start, start + len(images), len(spans) % ranks))
         if spans[-1][2] == rank:
-            features = model.feature_extractor(images)[0].float()
+            features = model.feature_extractor.finest(images).float()
             histograms.append(model.global_retriever(features))
             foregrounds.append(model.foreground_estimator(features))
         else:

@@ -53,6 +53,13 @@ class TrainingImages:
         height, width = self.images.shape[-2:]
         return height, width
 
+    @property
+    def photographs(self) -> "TrainingImages":
+        """The images without their turned copies, in the same memory."""
+        if self.copies == 1:
+            return self
+        return TrainingImages(self.images[:: self.copies], self._normalize, self.paths[:: self.copies])
+
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise images as the pre-processor does: ``(batch, 3, height, width)`` in 0..1 to the same shape."""
         if self._normalize is None:

@@ -34,6 +34,30 @@ def test_backbones_of_the_paper(backbone, layers, channels):
     assert second.shape == (1, channels[1], 8, 12)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "layers", "needs_all"),
+    [
+        (*TINY, False),
+        ("test_convnext", ("stages.0", "stages.1"), False),
+        ("densenet201", ("features.denseblock1", "features.denseblock2"), False),
+        ("test_efficientnet", ("blocks.1", "blocks.2"), True),  # timm has no list of its layers
+    ],
+)
+def test_finest_map_alone(backbone, layers, needs_all):
+    extractor = FeatureExtractor(backbone, layers)
+    images = torch.randn(2, 3, 64, 48)
+    expected = extractor(images)[0]
+    ran = []
+    for name, module in extractor.network.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    assert torch.equal(extractor.finest(images), expected)
+    last = layers[1].replace(".", "_")
+    assert needs_all or not any(name.startswith(last) for name in ran)
+    assert any(name.startswith((layers[0], layers[0].replace(".", "_"))) for name in ran)
+    with pytest.raises(ValueError, match="Image size 60x48"):
+        extractor.finest(images[:, :, :60])
+
+
 def test_stays_frozen_and_in_evaluation_mode():
     extractor = FeatureExtractor(*TINY).train()
     assert not any(module.training for module in extractor.modules())

@@ -158,6 +158,9 @@ def test_turned_copies_follow_their_photograph():
         torch.testing.assert_close(more.images[3 * index + 1], image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
         assert torch.equal(more.images[3 * index + 2], turn(image, -5))
     assert with_turned_copies(images, []) is images
+    assert images.photographs is images
+    assert torch.equal(more.photographs.images, images.images)
+    assert (more.photographs.paths, more.photographs.copies) == (list("abc"), 1)
 
 
 @pytest.mark.parametrize(("free", "moved"), [(10**9, True), (4 * 8 * 3 * 16 * 16 * 4, False), (None, False)])
