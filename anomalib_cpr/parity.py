@@ -71,8 +71,11 @@ class Differences:
     Attributes:
         name (str): Format.
         bytes (int): Size of its files.
+        threshold (float): Above it, a score means an anomaly.
         milliseconds (list[float]): Latency of each image.
         labels_equal (int): Images with the label of the Engine.
+        labels_at_threshold (int): Images with another label whose scores lie at the threshold within TOLERANCE: it is
+            the score of one image, where anomalib chose it on these images, and the last bit decides.
         flips (int): Images with another set of references.
         unconfirmed (int): Images whose references could not be read without changing the score.
         scores (list[float]): |Δ score| of images with the same references.
@@ -83,8 +86,10 @@ class Differences:
 
     name: str
     bytes: int
+    threshold: float = 0.5
     milliseconds: list[float] = field(default_factory=list)
     labels_equal: int = 0
+    labels_at_threshold: int = 0
     flips: int = 0
     unconfirmed: int = 0
     scores: list[float] = field(default_factory=list)
@@ -104,7 +109,10 @@ class Differences:
             expected (Prediction): Of the Engine.
             found (Prediction): Of the format.
         """
-        self.labels_equal += expected.label == found.label
+        if expected.label == found.label:
+            self.labels_equal += 1
+        elif max(abs(prediction.score - self.threshold) for prediction in (expected, found)) <= TOLERANCE:
+            self.labels_at_threshold += 1
         self.unconfirmed += not found.confirmed
         difference = np.abs(expected.anomaly_map.astype(np.float64) - found.anomaly_map)
         if expected.references == found.references:
@@ -121,6 +129,7 @@ class Differences:
             "format": self.name,
             "images": self.images,
             "labels_equal": self.labels_equal,
+            "labels_at_threshold": self.labels_at_threshold,
             "score_max_abs": max(self.scores, default=0.0),
             "score_mean_abs": float(np.mean(self.scores)) if self.scores else 0.0,
             "map_max_abs": max(self.maps, default=0.0),
@@ -459,7 +468,8 @@ def compare(
             path = export(model, name, root, datamodule)
             sizes[name] = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
             runtimes[name] = open_runtime(name, path, threads)
-        results = [Differences(name, sizes[name]) for name in runtimes]
+        threshold = float(cast("Any", model.post_processor).normalized_image_threshold)
+        results = [Differences(name, sizes[name], threshold) for name in runtimes]
         track = progress_bar("Images", len(expected), enabled=progress)
         try:
             for path, prediction in track(expected.items()):
@@ -562,8 +572,9 @@ def faults(result: Differences) -> list[str]:
         return []
     row = result.row()
     found = []
-    if row["labels_equal"] < row["images"]:
-        found.append(f"{row['images'] - row['labels_equal']} labels differ")
+    differ = row["images"] - row["labels_equal"] - row["labels_at_threshold"]
+    if differ:
+        found.append(f"{differ} labels differ")
     if row["score_max_abs"] > TOLERANCE:
         found.append(f"|Δ score| {row['score_max_abs']:.1e} above {TOLERANCE:.0e} with the same references")
     if row["reference_flips"] > 0.01 * row["images"]:
@@ -597,6 +608,11 @@ def show(results: Sequence[Differences]) -> None:
     for result in results:
         if result.unconfirmed:
             console.print(f"{result.name}: references of {result.unconfirmed} images could not be read exactly.")
+        if result.labels_at_threshold:
+            console.print(
+                f"{result.name}: {result.labels_at_threshold} labels differ where the score is the threshold, within "
+                f"{TOLERANCE:.0e}; anomalib's adaptive threshold is the score of one of the images it was chosen on."
+            )
         for fault in faults(result):
             console.print(f"{result.name}: {fault}.")
 

@@ -25,12 +25,7 @@ def datamodule(mvtec_root):
 
 @pytest.fixture(scope="module")
 def checkpoint(datamodule, tmp_path_factory):
-    path = train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=4, window_sizes=(1, 1))
-    # anomalib's adaptive threshold is the score of one of the images, whose label then hangs on the last bit.
-    state = torch.load(path, weights_only=True)
-    state["state_dict"]["post_processor._image_threshold"] *= 0.999
-    torch.save(state, path)
-    return path
+    return train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=4, window_sizes=(1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +57,7 @@ def test_flips_are_counted_apart_from_errors():
         ("onnx", [prediction()] * 199 + [prediction(references=(7, 8))], None),  # a flip in 200 images is allowed
         ("onnx", [prediction(references=(7, 8)), prediction()], "1 reference flips, above 1 %"),
         ("onnx", [prediction(label=True)], "1 labels differ"),
+        ("onnx", [prediction(score=0.5002, label=True)], "1 labels differ"),  # the Engine's was far from the threshold
         ("openvino", [prediction(score=0.21)], "1.0e-02 above 1e-03"),
         ("openvino-int8", [prediction(score=0.21, label=True, references=(7, 8))], None),  # for the user to judge
     ],
@@ -73,6 +69,25 @@ def test_faults(name, found, message):
     assert (message is None) == (faults(result) == [])
     if message:
         assert message in "; ".join(faults(result))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "engine", "found", "at_threshold"),
+    [
+        (0.5, 0.5, 0.5 + 1e-6, 1),
+        (0.5, 0.4995, 0.5004, 1),
+        (0.5, 0.498, 0.5004, 0),
+        (0.3, 0.3, 0.3001, 1),
+        (0.3, 0.5, 0.5001, 0),
+    ],
+)
+def test_labels_at_the_threshold_hang_on_the_last_bit(threshold, engine, found, at_threshold):
+    """anomalib's adaptive threshold is the score of one of the images that it was chosen on."""
+    result = Differences("onnx", 0, threshold)
+    result.add(prediction(score=engine), prediction(score=found, label=True))
+    assert result.row()["labels_equal"] == 0
+    assert result.row()["labels_at_threshold"] == at_threshold
+    assert any("1 labels differ" in fault for fault in faults(result)) == (not at_threshold)
 
 
 def test_command(checkpoint, mvtec_root, tmp_path, monkeypatch, capsys):
@@ -87,7 +102,7 @@ def test_command(checkpoint, mvtec_root, tmp_path, monkeypatch, capsys):
     assert list(rows) == ["engine", "torch", "onnx", "openvino"]
     for row in rows.values():
         assert set(row) >= KEYS
-        assert row["images"] == row["labels_equal"] == 6
+        assert row["images"] == row["labels_equal"] + row["labels_at_threshold"] == 6
         assert row["reference_flips"] == 0
         assert row["score_max_abs"] < 1e-4
         assert row["ms_median"] > 0
