@@ -58,7 +58,10 @@ def identify_gallery(model: CprModel, reader: "ImageReader", files: Sequence[Pat
         return [None] * len(gallery)
     track = progress_bar("Looking for the references", len(known), enabled=True)
     own = torch.cat(
-        [model.global_retriever(model.feature_extractor(reader.normalize(reader.copies(f)))[0]) for f in track(known)]
+        [
+            model.global_retriever(model.feature_extractor.finest(reader.normalize(reader.copies(file))))
+            for file in track(known)
+        ]
     )
     nearest = torch.cdist(gallery.flatten(1).float(), own.flatten(1).float(), p=1).argmin(1)
     return [known[int(index) // len(reader.angles)] for index in nearest]
@@ -162,7 +165,7 @@ def reference_pictures(
             pictures.append(ReferencePicture(name=f"training image {index}"))
             continue
         copies = reader.copies(file)
-        features = model.feature_extractor(reader.normalize(copies))[0].float()
+        features = model.feature_extractor.finest(reader.normalize(copies)).float()
         own = model.global_retriever(features)
         # Other hardware moves a few cells to another word; another image moves most of them.
         differences = (own - model.bank.histograms[index].to(own)).abs().sum((1, 2)) / (2 * own.shape[1])

@@ -213,7 +213,7 @@ def _draw_neighbours(module: Cpr, data: TrainingData, file: Path) -> list[str]:
         image = data.images.images[index]
         kind = "lonely" if index in lonely else "ordinary"
         pictures.show_colours(line[0], image, f"{kind}: {_name(data, index)}")
-        features = module.model.feature_extractor(data.images.normalize(image[None].to(histograms.device)))[0]
+        features = module.model.feature_extractor.finest(data.images.normalize(image[None].to(histograms.device)))
         words = assign_words(features.float(), module.model.global_retriever.codebook)[0].cpu()
         pictures.show_words(line[1], words, colours, "its visual words")
         for rank in range(columns):
