@@ -356,7 +356,7 @@ def compare(rows: Sequence[Row], setting: Setting, device: torch.device, console
         for row in rows:
             model: Any = row.model
             if isinstance(model, NaiveCpr):
-                references = model.model.retrieve(model.model.feature_extractor(images)[0])[0]
+                references = model.model.retrieve(model.model.feature_extractor.finest(images))[0]
                 result, own_references = model.predict(images, references)
                 expected = model.model(images)
                 if not torch.equal(references, own_references):

@@ -213,7 +213,7 @@ def random_cpr(preset: dict, setting: Setting, dtype: BankDtype, device: torch.d
     bank, cells = model.bank, [(setting.size // stride,) * 2 for stride in (4, 8)]
     with torch.no_grad():
         image = _images(4, setting.size, device)
-        features = model.feature_extractor(image)[0]
+        features = model.feature_extractor.finest(image)
         # Words and foreground from real features, so that histograms are neither empty nor all alike.
         codebook = model.global_retriever.codebook
         cell = torch.randperm(cells[0][0] * cells[0][1])[: len(codebook)]

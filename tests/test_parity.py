@@ -25,7 +25,12 @@ def datamodule(mvtec_root):
 
 @pytest.fixture(scope="module")
 def checkpoint(datamodule, tmp_path_factory):
-    return train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=4, window_sizes=(1, 1))
+    path = train_tiny(datamodule, tmp_path_factory.mktemp("trained"), steps=4, window_sizes=(1, 1))
+    # anomalib's adaptive threshold is the score of one of the images, whose label then hangs on the last bit.
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["post_processor._image_threshold"] *= 0.999
+    torch.save(state, path)
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +107,7 @@ def test_command(checkpoint, mvtec_root, tmp_path, monkeypatch, capsys):
     assert list(rows) == ["engine", "torch", "onnx", "openvino"]
     for row in rows.values():
         assert set(row) >= KEYS
-        assert row["images"] == row["labels_equal"] + row["labels_at_threshold"] == 6
+        assert row["images"] == row["labels_equal"] == 6
         assert row["reference_flips"] == 0
         assert row["score_max_abs"] < 1e-4
         assert row["ms_median"] > 0
