@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference bank in a fit: when it is built, how it is matched with, and its way into checkpoints and back."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
@@ -22,7 +23,7 @@ from .matching_choice import (
     choose,
     compare_matchings,
 )
-from .memory import is_out_of_memory, smaller_bank
+from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
 from .ranks import exchange
 from .reference_bank import key_of_file
@@ -59,6 +60,7 @@ class BankInCheckpoints(Preparation):
         data, bank = self._training_data, self.model.bank
         if data is None or len(bank):
             return
+        return_freed_memory()  # that of the steps is in pieces, and the bank may need all there is
         rank, ranks = (0, 1) if alone else (self.trainer.global_rank, self._ranks)
         batches = -(-len(data.images) // self._preparation_batch)
         tracked = self._track("Reference bank", batches)(self._batches(data.images))
@@ -96,6 +98,11 @@ class BankInCheckpoints(Preparation):
     def on_fit_end(self) -> None:
         """The same where the trainer had nothing left to train: in a second fit with one Engine."""
         if self.is_prepared and not len(self.model.bank):
+            if self.trainer.ckpt_path is None and self.trainer.global_step > 0:
+                rank_zero_warn(
+                    "No step was trained, so the heads are random: this trainer has done all of its steps in an "
+                    "earlier fit. Make a new Engine for each fit."
+                )
             self.to(self.trainer.strategy.root_device)  # Lightning has already moved it to the CPU
             self.build_bank()
             self.cpu()
@@ -159,6 +166,14 @@ class BankInCheckpoints(Preparation):
         if trainer is not None and trainer.ckpt_path is not None:
             check_file(trainer.ckpt_path)
         check_content(checkpoint, CHECKPOINT_FORMAT)
+        if trainer is not None and trainer.testing and _within_train(self):
+            # The Engine asks for the file that the training went on from: old weights, or a resume point, which has no
+            # bank. Nobody who trains wants to test these.
+            rank_zero_info("Tested is what was trained now, not the checkpoint that the training went on from.")
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)  # which is the best checkpoint, say, was decided by this training
+            self._hold_out(getattr(trainer, "datamodule", None))
+            return
         self._check_fit(checkpoint["state_dict"], checkpoint.get("anomalib_components_enabled"), checkpoint)
         super().on_load_checkpoint(checkpoint)
         # Some metrics have buffers (AUPRO its limit), so the state of a training with other metrics would not fit.
@@ -238,3 +253,16 @@ class BankInCheckpoints(Preparation):
         """What the bank is going to refuse, asked before anything is copied."""
         parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
         return self.model.bank.misfit(key_of_file(parts.pop(FILE_KEY, None)), parts)
+
+
+def _within_train(module: "BankInCheckpoints") -> bool:
+    """Whether this is the second half of ``Engine.train`` of a model, which fits and then tests."""
+    from anomalib.engine import Engine  # noqa: PLC0415 - which asks anomalib for its models, of which this is one
+
+    train = inspect.unwrap(Engine.train).__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is train:
+            return frame.f_locals.get("model") is module
+        frame = frame.f_back
+    return False

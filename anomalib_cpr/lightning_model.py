@@ -3,7 +3,6 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from .feature_extractor import checked_size
 from .file_check import FileCheck
 from .lightning_bank import BankInCheckpoints
 from .lightning_export import FaithfulExport
+from .memory import keep_freed_memory, return_freed_memory
 from .preparation import ClusteringBackend
 from .progress import StepLog
 from .ranks import average, gather_predictions
@@ -32,7 +32,7 @@ from .recorded_backbone import Backbone, record
 from .reference_bank import BankDtype
 from .resume_point import ResumePoint
 from .torch_model import CprModel
-from .training import ImagePairs, PairsAhead, draw_image_pairs, frozen_features, training_autocast, training_loss
+from .training import ImagePairs, PairsAhead, draw_image_pairs, training_autocast, training_loss
 from .training_steps import learning_rate_factor, step_generator
 
 IMAGE_SIZE = (320, 320)
@@ -178,7 +178,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         boundary_weight: float = 1.0,
         centred_start: bool = True,
         eight_bit_training: bool = False,
-        training_precision: Literal["auto", "float32", "bfloat16"] = "float32",
+        training_precision: Literal["auto", "float32", "bfloat16"] = "auto",
         image_size: Sequence[int] | int | None = None,
         seed: int | None = None,
         resume_point_minutes: float = 10.0,
@@ -317,7 +317,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         assert self._training_data is not None  # noqa: S101 - narrows the type
         shape = (2 * self._batch_size, 3, *self._training_data.images.size)
         precision = training_autocast(self.training_precision, self.device)
-        self._backbone = record(partial(frozen_features, self.model), shape, self.device, precision)
+        self._backbone = record(self.model.feature_extractor.forward, shape, self.device, precision)
         self._step_log = StepLog(self._plan.steps if self._plan else None, self.trainer.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
@@ -325,7 +325,11 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         del batch, batch_idx
         self.nothing_was_run = False
         self.drop_bank()
-        self._before_step = (self.trainer.global_step, [statistic.clone() for statistic in self._running_statistics])
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if self._before_step is None:  # not at the further batches of a step
+            statistics = [statistic.clone() for statistic in self._running_statistics]
+            self._before_step = (self.trainer.global_step, statistics)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
         """One step of metric learning.
@@ -395,11 +399,17 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         """What a step changes in the heads before it has changed their parameters."""
         return list(self.model.metric_heads.buffers())
 
-    def forget_unfinished_step(self) -> None:
-        """Take back what a step has done that did not come to its end, so that it can be done again."""
-        if self._before_step is not None and self._before_step[0] == self.trainer.global_step:
-            for held, before in zip(self._running_statistics, self._before_step[1], strict=True):
-                held.copy_(before)
+    def forget_unfinished_step(self) -> bool:
+        """Take back what a step has done that did not come to its end, so that it can be done again.
+
+        Returns:
+            bool: Whether there is such a step.
+        """
+        if self._before_step is None or self._before_step[0] != self.trainer.global_step:
+            return False
+        for held, before in zip(self._running_statistics, self._before_step[1], strict=True):
+            held.copy_(before)
+        return True
 
     def on_after_backward(self) -> None:
         """Of several processes each has seen other images; give their heads the running statistics of all."""
@@ -409,7 +419,8 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Tell a log file how far training is."""
         del batch, batch_idx
-        self._before_step = None
+        if self._before_step is not None and self.trainer.global_step > self._before_step[0]:
+            self._before_step = None
         if self._step_log is not None and not sys.stdout.isatty():
             line = self._step_log.update(self.trainer.global_step, outputs["loss"])
             if line is not None:
@@ -432,6 +443,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             source.instance, self.trainer.fit_loop.max_epochs = self._given_by_user
         self._given_by_user = self._training_data = self._synthesise = self._described = self._step_log = None
         self._known = self._before_step = self._backbone = None
+        return_freed_memory()
 
     # --- evaluation
 

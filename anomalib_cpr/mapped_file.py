@@ -5,10 +5,16 @@ Such a file has a header of one page, JSON, that says which tensors lie where an
 tensors. It is written beside its place and moved there when it is complete.
 """
 
+import errno
+import glob
 import json
+import os
+import platform
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,17 +33,33 @@ def create(path: Path, parts: Mapping[str, tuple[Sequence[int], torch.dtype]]) -
 
     Returns:
         dict[str, Tensor]: The tensors, all zeros, channels last in memory.
+
+    Raises:
+        OSError: If the disk has no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     header: dict[str, Any] = {"magic": MAGIC, "parts": {}}
     end = PAGE
     for name, (shape, dtype) in parts.items():
         header["parts"][name] = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "start": end}
         size = dtype.itemsize * torch.Size(shape).numel()
         end += -(-size // PAGE) * PAGE
-    with _unfinished(path).open("wb") as file:
-        file.write(json.dumps(header).encode().ljust(PAGE))
-        file.truncate(end)
+    try:
+        with _unfinished(path).open("wb") as file:
+            file.write(json.dumps(header).encode().ljust(PAGE))
+            file.truncate(end)
+            _take_room(file, end)
+    except OSError as error:
+        discard(path)
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the file of the reference bank, {path}, takes {end / 1e6:.0f} MB, and its disk has "
+            f"{free / 1e6:.0f} MB left. Make room, or give another bank_file, bank_dtype or max_references",
+        ) from error
     return _tensors(_unfinished(path), header, shared=True)
 
 
@@ -55,6 +77,8 @@ def complete(path: Path, key: str) -> dict[str, Tensor]:
         header = json.loads(file.read(PAGE)) | {"key": key}
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(PAGE))
+        file.flush()
+        os.fsync(file.fileno())  # what is named complete is on the disk
     _unfinished(path).replace(path)
     return read(path)[1]
 
@@ -94,5 +118,38 @@ def _tensors(path: Path, header: dict[str, Any], *, shared: bool) -> dict[str, T
     return tensors
 
 
+def discard(path: Path) -> None:
+    """Remove what :func:`create` began.
+
+    Args:
+        path (Path): As given to it. A complete file there stays.
+    """
+    with suppress(OSError):  # Windows keeps what is still mapped
+        _unfinished(path).unlink(missing_ok=True)
+
+
 def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+    # Of this process: two that load one checkpoint both write the file, and the last to be complete stays.
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove unfinished files of this process, and of processes of this machine that were killed."""
+    before = f"{path.name}.{platform.node()}."
+    for file in path.parent.glob(f"{glob.escape(before)}*.part"):
+        number = file.name.removeprefix(before).removesuffix(".part")
+        ended = Path("/proc").is_dir() and not Path("/proc", number).exists()
+        if number.isdigit() and (int(number) == os.getpid() or ended):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _take_room(file: BinaryIO, size: int) -> None:
+    """Let the disk keep the blocks: writing to a mapped page that has none kills the process once the disk is full."""
+    if not hasattr(os, "posix_fallocate"):  # Windows, macOS
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # a file system that cannot
+            raise

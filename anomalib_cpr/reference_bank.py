@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .global_retrieval import SHORTLIST, representatives, roots_of
-from .mapped_file import complete, create, read
+from .mapped_file import complete, create, discard, read
 from .quantisation import is_traced, pack, packed_channels, quantise, restore
 
 BankDtype = Literal["float32", "float16", "int8", "int4"]
@@ -193,6 +193,12 @@ class ReferenceBank(nn.Module):
             return
         for name, shape in shapes.items():
             self._make_room(name, shape)
+
+    def discard_unfinished(self) -> None:
+        """Free descriptors that were not all written, and remove their file."""
+        self.clear()
+        if self.file is not None:
+            discard(self.file)
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from .lightning_bank import BankInCheckpoints
+
 RESUME_NAME = "resume.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"
 
@@ -20,6 +22,8 @@ class ResumePoint(Callback):
     Both lie beside the Engine's own checkpoint and are written only if the trainer keeps checkpoints at all.
     A resume point leaves out the reference bank, which is large and outdated by the next step. It is removed when
     training ends well.
+
+    An Engine keeps its callbacks, and may be given another model afterwards, which is none of this one's business.
 
     Args:
         minutes (float): Time between resume points.
@@ -35,16 +39,21 @@ class ResumePoint(Callback):
         self._last = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Save a resume point if the time has come."""
-        del pl_module, args, kwargs
+        """Save a resume point if the time has come, but not between the batches of one step: gradients are not kept."""
+        del args, kwargs
+        if not isinstance(pl_module, BankInCheckpoints):
+            return
         folder = _folder(trainer)
-        due = time.monotonic() - self._last > 60 * self.minutes
+        whole = not trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001 - as Lightning decides on steps
+        due = whole and time.monotonic() - self._last > 60 * self.minutes
         if folder is not None and trainer.strategy.reduce_boolean_decision(due):
             self._save(trainer, folder / RESUME_NAME, bank=False)
             self._last = time.monotonic()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was learned."""
+        if not isinstance(pl_module, BankInCheckpoints):
+            return
         try:
             self._rescue(trainer, exception)
         except OSError as error:
@@ -60,16 +69,18 @@ class ResumePoint(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING and cast("Any", trainer.lightning_module).is_prepared
         if folder is None or not fitting or trainer.global_step == 0:
             return
-        cast("Any", trainer.lightning_module).forget_unfinished_step()
+        unfinished = cast("Any", trainer.lightning_module).forget_unfinished_step()
         # The quick one first: building the bank takes a while, and may be what failed.
-        self._save(trainer, folder / RESUME_NAME, bank=False, alone=True)
+        self._save(trainer, folder / RESUME_NAME, bank=False, alone=True, unfinished=unfinished)
         rank_zero_info(f"Training can be resumed at step {trainer.global_step}: ckpt_path={folder / RESUME_NAME}")
         if isinstance(exception, KeyboardInterrupt):
-            self._save(trainer, folder / INTERRUPTED_NAME, bank=True, alone=True)
+            self._save(trainer, folder / INTERRUPTED_NAME, bank=True, alone=True, unfinished=unfinished)
             rank_zero_info(f"What was learned so far can be tested and resumed: ckpt_path={folder / INTERRUPTED_NAME}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the resume point: the final checkpoint holds more."""
+        if not isinstance(pl_module, BankInCheckpoints):
+            return
         # Not for a second model of an exhausted trainer, which would overwrite the checkpoint of the first.
         if trainer.ckpt_path is not None and trainer.global_step > 0 and cast("Any", pl_module).nothing_was_run:
             self._finish(trainer, pl_module)
@@ -98,7 +109,7 @@ class ResumePoint(Callback):
         pl_module.cpu()
 
     @staticmethod
-    def _save(trainer: Trainer, path: Path, *, bank: bool, alone: bool = False) -> None:
+    def _save(trainer: Trainer, path: Path, *, bank: bool, alone: bool = False, unfinished: bool = False) -> None:
         """Write a checkpoint.
 
         Args:
@@ -106,6 +117,7 @@ class ResumePoint(Callback):
             path (Path): Target.
             bank (bool): With the reference bank.
             alone (bool): Other processes, if there are any, may be anywhere: do not wait for them.
+            unfinished (bool): A step has begun that did not come to its end.
         """
         module = cast("Any", trainer.lightning_module)
         module.saves_bank, module.saves_alone = bank, alone
@@ -116,9 +128,20 @@ class ResumePoint(Callback):
                 trainer.save_checkpoint(path)
             elif trainer.is_global_zero:
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # noqa: SLF001 - there is no public way
+                if unfinished and trainer.accumulate_grad_batches > 1:
+                    _begin_step_anew(checkpoint, trainer.accumulate_grad_batches)
                 trainer.strategy.save_checkpoint(checkpoint, path)
         finally:
             module.saves_bank, module.saves_alone = True, False
+
+
+def _begin_step_anew(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let a resumed training do all batches of an unfinished step again: their gradients are not in a checkpoint."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = progress["current"]["completed"] % accumulate
+    for counts in (progress["current"], progress["total"]):
+        counts.update(dict.fromkeys(counts, counts["completed"] - done))
+    progress["is_last_batch"] = False
 
 
 def _folder(trainer: Trainer) -> Path | None:

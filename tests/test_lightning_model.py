@@ -9,12 +9,13 @@ import torch
 from anomalib.data import BTech, Folder, MVTec3D, MVTecAD, Visa
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator
+from anomalib.models import Padim
 from conftest import draw, write_mvtec
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchvision.transforms import v2
 
-from anomalib_cpr import drawing, lightning_bank, lightning_preparation
+from anomalib_cpr import drawing, lightning_bank, lightning_model, lightning_preparation
 from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
@@ -322,6 +323,29 @@ def test_training_in_bfloat16_repeats_and_leaves_the_rest_in_float32(engine, tin
     assert not torch.equal(first["metric_heads.0.0.weight"], exact["metric_heads.0.0.weight"])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_keep_memory_and_the_bank_gets_it_back(engine, tiny_model, tiny_datamodule, monkeypatch, fails):
+    calls = []
+    monkeypatch.setattr(lightning_model, "keep_freed_memory", lambda: calls.append("keep"))
+    for module in (lightning_model, lightning_bank):
+        monkeypatch.setattr(module, "return_freed_memory", lambda: calls.append("return"))
+    model = tiny_model()
+    remember = model.model.remember
+    monkeypatch.setattr(model.model, "remember", lambda *args: (calls.append("bank"), remember(*args))[1])
+    if fails:
+
+        def fail(*_):
+            raise ValueError("a step fails")
+
+        monkeypatch.setattr(model, "compare_pairs", fail)
+        with pytest.raises(ValueError, match="a step fails"):
+            engine(max_steps=2, limit_val_batches=0, accelerator="cpu").fit(model, datamodule=tiny_datamodule)
+        assert calls == ["keep", "return"]
+    else:
+        engine(max_steps=2, limit_val_batches=0, accelerator="cpu").fit(model, datamodule=tiny_datamodule)
+        assert calls == ["keep", "keep", "return", "bank", "return"]
+
+
 def test_heads_are_centred_once_before_the_first_step(engine, tiny_model, tiny_datamodule, monkeypatch):
     centred = []
     original = MetricHead.centre
@@ -452,6 +476,83 @@ def test_interrupted_training_resumes_bit_identically(
     assert_same(weights(whole.model), weights(resumed.model))
 
 
+class StopAfter(Callback):
+    """Ctrl-C after so many batches."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_start(self, *_):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+
+
+@pytest.mark.parametrize("name", ["interrupted.ckpt", "resume.ckpt"])
+@pytest.mark.parametrize("batches", [3, 4, 5, 8])
+def test_a_step_of_several_batches_is_done_again_as_a_whole(
+    engine, tiny_model, tiny_datamodule, tmp_path, name, batches
+):
+    limits = {"max_steps": 3, "accumulate_grad_batches": 3, "limit_val_batches": 0}
+    whole = tiny_model(seed=5)
+    engine(**limits).fit(whole, datamodule=tiny_datamodule)
+    with pytest.raises(SystemExit):
+        engine(callbacks=[StopAfter(batches)], **limits).fit(tiny_model(seed=5), datamodule=tiny_datamodule)
+    (point,) = tmp_path.rglob(name)
+    resumed = tiny_model(seed=5)
+    engine(**limits).fit(resumed, datamodule=tiny_datamodule, ckpt_path=point)
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
+def test_resume_points_lie_between_steps(engine, tiny_model, tiny_datamodule, tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_):
+            for point in tmp_path.rglob("resume.ckpt"):
+                loops = torch.load(point, weights_only=True)["loops"]["fit_loop"]
+                seen.append(loops["epoch_loop.batch_progress"]["current"]["processed"])
+
+    limits = {"max_steps": 3, "accumulate_grad_batches": 3, "limit_val_batches": 0}
+    engine(callbacks=[Look()], **limits).fit(tiny_model(resume_point_minutes=0.0), datamodule=tiny_datamodule)
+    assert seen == [3, 3, 3, 6, 6, 6]
+
+
+@pytest.mark.parametrize("name", ["interrupted.ckpt", "resume.ckpt"])
+def test_train_tests_what_it_has_trained_and_not_what_it_went_on_from(
+    engine, tiny_model, tiny_datamodule, tmp_path, name
+):
+    interrupt(engine, tiny_model(), tiny_datamodule, 2, max_steps=6)
+    (point,) = tmp_path.rglob(name)
+    before = torch.load(point, weights_only=True)["state_dict"]["model.metric_heads.0.0.weight"]
+    model, own = tiny_model(), engine(max_steps=6)
+    (metrics,) = own.train(model, datamodule=tiny_datamodule, ckpt_path=point)
+    after = weights(model.model)
+    assert not torch.equal(after["metric_heads.0.0.weight"], before)
+    checkpoint = own.trainer.checkpoint_callback.best_model_path
+    loaded = tiny_model()
+    (again,) = engine().test(loaded, datamodule=tiny_datamodule, ckpt_path=checkpoint)
+    assert_same(after, weights(loaded.model))
+    assert metrics == again
+    if name == "interrupted.ckpt":  # asked for by itself, it is tested
+        own.test(model, datamodule=tiny_datamodule, ckpt_path=point)
+        assert torch.equal(model.model.state_dict()["metric_heads.0.0.weight"], before)
+
+
+def test_an_engine_that_goes_on_with_another_model(engine, tiny_model, tiny_datamodule, tmp_path):
+    class Fail(Callback):
+        def on_train_batch_end(self, _trainer, pl_module, *_):
+            if isinstance(pl_module, Padim):
+                raise ZeroDivisionError
+
+    engine(max_steps=1, limit_val_batches=0).fit(tiny_model(), datamodule=tiny_datamodule)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    own = engine(max_steps=2, limit_val_batches=0, callbacks=[Fail()])
+    own.predict(tiny_model(), datamodule=tiny_datamodule, ckpt_path=checkpoint)
+    with pytest.raises(ZeroDivisionError):
+        own.fit(Padim(layers=["layer1"], n_features=8, pre_trained=False), datamodule=tiny_datamodule)
+
+
 def test_ctrl_c_keeps_a_usable_checkpoint(engine, tiny_model, tiny_datamodule, tmp_path):
     interrupt(engine, tiny_model(), tiny_datamodule, 2, max_steps=50)
     (usable,) = tmp_path.rglob("interrupted.ckpt")
@@ -576,9 +677,10 @@ def test_training_on_other_data_starts_anew(engine, tiny_model, tiny_datamodule,
 
 def test_one_engine_fits_twice(engine, tiny_model, tiny_datamodule):
     own = engine()
-    for _ in range(2):
+    own.fit(tiny_model(training_steps=2), datamodule=tiny_datamodule)
+    with pytest.warns(UserWarning, match="No step was trained.*Make a new Engine for each fit"):
         own.fit(tiny_model(training_steps=2), datamodule=tiny_datamodule)
-        assert own.trainer.global_step == 2
+    assert own.trainer.global_step == 2
 
 
 @pytest.mark.parametrize(

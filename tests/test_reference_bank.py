@@ -1,3 +1,8 @@
+import errno
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,6 +307,46 @@ def test_an_unfinished_bank_leaves_the_file_of_the_last(tmp_path):
     bank.write(0, [torch.ones(2, 4, 4, 6), torch.ones(2, 4, 2, 3)])
     bank.load_state_dict(state)
     assert torch.equal(bank.descriptors_1, held)
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_file_of_the_last(tmp_path, monkeypatch):
+    bank = filled(file=tmp_path / "bank")
+    before = (tmp_path / "bank").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: the file of the reference bank, .* takes .* MB"):
+        bank.allocate(5, [(4, 6), (2, 3)])
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+    assert (tmp_path / "bank").read_bytes() == before
+
+
+def test_a_file_system_that_cannot_reserve_room(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot, raising=False)
+    assert len(filled(file=tmp_path / "bank")) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs the list of processes")
+def test_unfinished_files_of_other_processes(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        names = [f"bank.{platform.node()}.{int(ended.stdout)}.part", f"bank.{platform.node()}.{alive.pid}.part"]
+        names += ["bank.elsewhere.1.part", "bank.old.part"]
+        for name in names:
+            (tmp_path / name).touch()
+        expected = sorted(["bank", *names[1:]])
+        bank = filled(file=tmp_path / "bank")
+        assert sorted(path.name for path in tmp_path.iterdir()) == expected
+        bank.allocate(5, [(4, 6), (2, 3)])
+        bank.discard_unfinished()
+        assert sorted(path.name for path in tmp_path.iterdir()) == expected
+        assert len(bank) == 0
+        alive.communicate(b"\n")
 
 
 def test_a_resume_point_of_a_bank_in_a_file(tmp_path):
