@@ -2,7 +2,7 @@
 """Frozen backbone that yields the feature maps F1 (stride 4) and F2 (stride 8)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
+from .folded_densenet import FoldedDenseNet, can_fold
 from .messages import first_line
+from .quantisation import is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class FeatureExtractor(nn.Module):
         self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())  # type: ignore[operator, union-attr]
         self.register_buffer("weights_loaded", torch.tensor(False))
         self.requires_grad_(False).eval()
+        self._folded: dict[torch.dtype, tuple[list[tuple[Tensor, int]], FoldedDenseNet]] = {}
 
     def train(self, mode: bool = True) -> "FeatureExtractor":  # noqa: ARG002 - a frozen network has one mode
         """Stay in evaluation mode: batch normalisation keeps the statistics of the pre-training."""
@@ -113,7 +116,8 @@ class FeatureExtractor(nn.Module):
         """
         images = _laid_out(images)
         with torch.no_grad():
-            return self.network(images)
+            folded = self._fold(images.device)
+            return folded(images) if folded is not None else _one_by_one(self.network, images)
 
     def finest(self, images: Tensor) -> Tensor:
         """Compute F1 alone, where nothing asks for F2, without the layers behind it: two thirds of DenseNet-201's time.
@@ -127,16 +131,58 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If a side is not divisible by 8.
         """
-        network = self.network
-        if not isinstance(network, FeatureListNet):  # some, such as EfficientNet, are not a list of layers
+        if not isinstance(self.network, FeatureListNet):  # some, such as EfficientNet, are not a list of layers
             return self(images)[0]
-        maps: Any = _laid_out(images)
+        images = _laid_out(images)
         with torch.no_grad():
-            for name, layer in network.items():
-                maps = layer(maps)
-                if name in network.return_layers:
-                    break
-        return maps[0] if isinstance(maps, (tuple, list)) else maps
+            folded = self._fold(images.device)
+            return folded(images, last=1)[0] if folded is not None else _one_by_one(self._first_layers, images)[0]
+
+    def _first_layers(self, images: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        maps: Any = images
+        for name, layer in network.items():
+            maps = layer(maps)
+            if name in network.return_layers:
+                break
+        return [maps[0] if isinstance(maps, (tuple, list)) else maps]
+
+    def _fold(self, device: torch.device) -> FoldedDenseNet | None:
+        """The network in the form that is fast on a CPU, in the type that autocast asks for; None: there is none."""
+        if device.type != "cpu" or is_traced():
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        if dtype not in {torch.float32, torch.bfloat16} or not can_fold(self.network):
+            return None
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        held = self._folded.get(dtype)
+        if held is not None and all(
+            own is tensor and tensor._version == version  # noqa: SLF001
+            for own, (tensor, version) in zip(tensors, held[0], strict=True)
+        ):
+            return held[1]
+        # Tensors of inference mode do not tell when they are changed.
+        if any(t.is_inference() or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+            return None
+        with torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
+            folded = FoldedDenseNet(self.network, dtype)
+        self._folded[dtype] = [(tensor, tensor._version) for tensor in tensors], folded  # noqa: SLF001
+        return folded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies: what can be made anew stays behind."""
+        return {**self.__dict__, "_folded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle, which may be of a version that did not fold."""
+        super().__setstate__({**state, "_folded": {}})
+
+
+def _one_by_one(compute: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
+    """Feature maps of a batch; on a CPU image by image, each of which stays in the processor's cache."""
+    if images.device.type != "cpu" or is_traced() or len(images) == 1:
+        return compute(images)
+    return [torch.cat(maps) for maps in zip(*map(compute, images.split(1)), strict=True)]
 
 
 def _laid_out(images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .real_anomalies import KnownAnomalies, give_back, hold_out, in_test_set, re
 from .scoring_settings import TRAINING_SETTINGS, apply_settings
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel
-from .training import TrainingData, frozen_features, step_precision
+from .training import TrainingData, step_precision
 from .training_images import TrainingImages, load_training_images, split_transform, with_turned_copies
 from .training_steps import StepLoader, StepPlan, plan_steps, remaining_batches, restart, step_generator
 
@@ -89,7 +89,7 @@ class Preparation(LightningModule):
         if self.trainer.precision in ("bf16-true", "16-true", "64-true"):
             raise ValueError(
                 f"precision={self.trainer.precision!r}: retrieval needs float32. Use '32-true', or 'bf16-mixed' or "
-                "'16-mixed'; training_precision='bfloat16' makes the steps of a training faster."
+                "'16-mixed'. Steps of a training compute in bfloat16 anyway where the device can."
             )
         datamodule = getattr(self.trainer, "datamodule", None)
         if self._ranks > 1:
@@ -380,6 +380,10 @@ class Preparation(LightningModule):
         )
         if self._plan.epochs is not None:
             self.trainer.fit_loop.max_epochs = self._plan.epochs
+            rank_zero_info(
+                f"{self._plan.steps} steps: the trainer has no limit of its own (max_epochs=1000, Lightning's default, "
+                "counts as none)."
+            )
         for configured in self.trainer.lr_scheduler_configs:  # made before the plan, on which the first step depends
             if isinstance(configured.scheduler, LambdaLR):
                 restart(configured.scheduler)
@@ -403,7 +407,7 @@ class Preparation(LightningModule):
         generator = step_generator(int(self.seed or 0), 0, 0, 0)
         chosen = torch.randperm(len(data.images), generator=generator)[:CENTRING_IMAGES]
         images = data.images.normalize(data.images.take(chosen, self.device))
-        for head, features in zip(self.model.heads, frozen_features(self.model, images), strict=True):
+        for head, features in zip(self.model.heads, self.model.feature_extractor(images), strict=True):
             head.centre(features)
         if self._ranks > 1:  # parameters that differ in the last bit would differ for ever
             send([*self.model.metric_heads.parameters(), *self.model.metric_heads.buffers()])

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from .quantisation import is_traced, restore, unpack
 from .worker_threads import run_in_threads
 
-PIECE = 1024  # query cells that are compared with a whole reference at a time
+PIECE = 1024  # query cells that are compared with a whole reference at a time in exported graphs
 CHUNK_BYTES = 6_000_000  # rows of all references that are held at a time; of the order of a CPU's last cache
 STEPS = 10  # in which the references of a query are matched in exported graphs and on GPUs
 STEP_BYTES = 256_000_000
@@ -49,8 +49,8 @@ def match(
         references (Tensor): Indices into the gallery, of shape ``(batch, k)``.
         window (int): Side of the window in cells, odd.
         scales (Tensor | None): Factors of an int8 gallery, of shape ``(gallery, 1, height, width)``.
-        fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records, and where the window covers
-            the map.
+        fused (bool): Use the Triton kernel. Ignored while an exporter or compiler records, where the window covers the
+            map, and where the gallery is on another device.
 
     Returns:
         Tensor: Distances in 0..2, of shape ``(batch, k, height, width)``. The paper's is their minimum over ``k``.
@@ -65,7 +65,7 @@ def match(
         raise ValueError("No references to match with: k must be at least 1.")
     if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
         similarity = match_everywhere(query, gallery, references, scales)
-    elif fused and not is_traced():
+    elif fused and not is_traced() and gallery.device == query.device:
         from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
 
         similarity = match_fused(query, gallery, references, window, scales)
@@ -138,13 +138,22 @@ def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales:
         Tensor: Similarities of shape ``(batch, k, height, width)``.
     """
     height, width = query.shape[-2:]
-    pieces = query.flatten(2).transpose(1, 2).split(PIECE, dim=1)
+    pieces = query.flatten(2).transpose(1, 2).split(_piece(query), dim=1)
     references = references.to(gallery.device)
     found = []
     for k in range(references.shape[1]):
         cells = _references(gallery, scales, references[:, k : k + 1], query)[:, 0].flatten(2)
         found.append(torch.cat([torch.bmm(piece, cells).amax(2) for piece in pieces], dim=1))
     return torch.stack(found, dim=1).unflatten(2, (height, width))
+
+
+def _piece(query: Tensor) -> int:
+    """Cells to compare with a whole reference at a time: what a CPU's cache, or a step on a GPU, has room for."""
+    if is_traced():
+        return PIECE
+    batch, _, height, width = query.shape
+    most = CHUNK_BYTES if query.device.type == "cpu" else STEP_BYTES
+    return max(1, most // (query.element_size() * batch * height * width))
 
 
 def _shifts(window: int, side: int) -> range:

@@ -42,10 +42,21 @@ class InceptionBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Concatenate the branches: ``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
+        return torch.cat(self.branches(features), 1)
+
+    def branches(self, features: Tensor) -> list[Tensor]:
+        """Each branch, a quarter of the output's channels.
+
+        Args:
+            features (Tensor): Of shape ``(batch, in_channels, height, width)``.
+
+        Returns:
+            list[Tensor]: ``(batch, out_channels / 4, height, width)`` each.
+        """
         # The average and the 1x1 convolution without bias commute; behind it there are a third of the channels.
         average, projection = cast("nn.AvgPool2d", self.branch3[0]), cast("BasicConv2d", self.branch3[1])
         averaged = F.relu(projection.bn(average(projection.conv(features))), inplace=True)
-        return torch.cat([self.branch0(features), self.branch1(features), self.branch2(features), averaged], 1)
+        return [self.branch0(features), self.branch1(features), self.branch2(features), averaged]
 
 
 class MetricHead(nn.Sequential):
@@ -141,12 +152,12 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, count)``.
         """
-        first, last = list(self)[:-1], cast("nn.Conv2d", self[-1])
-        hidden = features
-        for layer in first:
-            hidden = layer(hidden)
+        block, last = cast("InceptionBlock", self[3]), cast("nn.Conv2d", self[4])
+        # Read branch by branch: all of them side by side would be the largest map of a training.
+        branches = block.branches(self[2](self[1](self[0](features))))
+        hidden = torch.cat([read_cells(branch, cells, weights) for branch in branches], 1)
         weight, bias = last.weight.flatten(1), cast("Tensor", last.bias)[:, None]
-        return torch.matmul(weight, read_cells(hidden, cells, weights)) + bias * weights.sum(-1)[:, None]
+        return torch.matmul(weight, hidden) + bias * weights.sum(-1)[:, None]
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from .foreground import ForegroundEstimator
 from .global_retrieval import GlobalRetriever
 from .matching import match
 from .metric_head import MetricHead
+from .quantisation import is_traced
 from .reference_bank import BankDtype, ReferenceBank
 from .scoring import SIGMA, Scorer
 
@@ -139,6 +140,13 @@ class CprModel(nn.Module):
             RuntimeError: If the model was not fitted.
             ValueError: If the size is not that of the training.
         """
+        if images.device.type == "cpu" and not is_traced() and len(images) > 1:
+            # One at a time stays in the processor's cache, and is bit for bit the same in any batch.
+            found = [self(image) for image in images.split(1)]
+            return InferenceBatch(
+                pred_score=torch.cat([one.pred_score for one in found]),
+                anomaly_map=torch.cat([one.anomaly_map for one in found]),
+            )
         images, unseen = split_unseen(images)
         features = self.feature_extractor(images)
         self.bank.check(features[0].shape[-2:])
@@ -270,13 +278,15 @@ class CprModel(nn.Module):
                 spans.append((written, written + int(kept.sum()), owner))
                 if owner == rank:
                     images = batch[kept.to(batch.device)]
-                    self.bank.write(written, self.describe(self.feature_extractor(images)))
+                    at_a_time = 1 if images.device.type == "cpu" else len(images)
+                    for first, some in enumerate(images.split(at_a_time)):
+                        self.bank.write(written + first, self.describe(self.feature_extractor(some)))
                 written = spans[-1][1]
             if ranks > 1 and exchange is not None:
                 exchange(spans)
             self.bank.keep(chosen)
         except BaseException:
-            self.bank.clear()  # a half-filled bank would silently compare with noise
+            self.bank.discard_unfinished()  # a half-filled bank would silently compare with noise
             raise
         finally:
             self.train(was_training)

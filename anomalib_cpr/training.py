@@ -215,8 +215,8 @@ def training_loss(
         generator (torch.Generator): On the CPU.
         count (int): Pairs of patches of each kind per pair of images.
         boundary_weight (float): How many times as likely a positive pair lies at the boundary of an anomaly.
-        backbone (Callable[[Tensor], list[Tensor]] | None): Gives F1 and F2 of normalised images; None means
-            :func:`frozen_features`.
+        backbone (Callable[[Tensor], list[Tensor]] | None): Gives F1 and F2 of normalised images; None means the
+            model's own.
 
     Returns:
         tuple[Tensor, Tensor]: Loss of the positives and of the negatives, each summed over the scales.
@@ -234,7 +234,7 @@ def training_loss(
     # Queries and references pass the heads as one batch: batch normalisation sees both.
     with record_function(BACKBONE):
         both = data.images.normalize(torch.cat([images.queries, images.references]))
-        features = frozen_features(model, both) if backbone is None else backbone(both)
+        features = (model.feature_extractor if backbone is None else backbone)(both)
     positive = negative = torch.zeros((), device=images.queries.device)
     for head, scale in zip(model.heads, features, strict=True):
         with record_function(HEADS):
@@ -244,24 +244,6 @@ def training_loss(
             scale_positive, scale_negative = metric_loss(query, reference, pairs, weights)
         positive, negative = positive + scale_positive, negative + scale_negative
     return positive, negative
-
-
-def frozen_features(model: CprModel, images: Tensor) -> list[Tensor]:
-    """F1 and F2 in the memory layout in which a step is fastest.
-
-    Args:
-        model (CprModel): Its backbone.
-        images (Tensor): Normalised images of shape ``(batch, 3, height, width)``.
-
-    Returns:
-        list[Tensor]: ``(batch, channels_i, height / stride_i, width / stride_i)``, channels last in memory.
-    """
-    images = images.contiguous(memory_format=torch.channels_last)
-    if images.device.type != "cpu":
-        return model.feature_extractor(images)
-    # One image at a time stays in the processor's cache.
-    parts = [model.feature_extractor(image) for image in images.split(1)]
-    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
 
 def step_precision(precision: str, device: torch.device) -> str:

@@ -243,7 +243,7 @@ def split_transform(transform: nn.Module | None) -> tuple[Callable[[Tensor], Ten
     """
     parts = list(transform.transforms) if isinstance(transform, v2.Compose) else [transform] if transform else []
     normalize = parts.pop() if parts and isinstance(parts[-1], v2.Normalize) else None
-    return (v2.Compose(parts) if parts else nn.Identity()), normalize
+    return (v2.Compose(parts) if parts else v2.Identity()), normalize
 
 
 class _RepeatableDataset(Dataset):

@@ -39,7 +39,6 @@ def test_backbones_of_the_paper(backbone, layers, channels):
     [
         (*TINY, False),
         ("test_convnext", ("stages.0", "stages.1"), False),
-        ("densenet201", ("features.denseblock1", "features.denseblock2"), False),
         ("test_efficientnet", ("blocks.1", "blocks.2"), True),  # timm has no list of its layers
     ],
 )

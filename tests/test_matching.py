@@ -133,6 +133,7 @@ def test_no_references():
 def test_a_window_over_the_whole_map(piece, monkeypatch):
     """Parts that lie anywhere: the same as a window so wide that every cell is in it."""
     monkeypatch.setattr(matching, "PIECE", piece)
+    monkeypatch.setattr(matching, "CHUNK_BYTES", piece * 4 * 2 * 4 * 6)
     generator = torch.Generator().manual_seed(6)
     query = F.normalize(torch.randn(2, 8, 4, 6, generator=generator), dim=1)
     gallery = F.normalize(torch.randn(4, 8, 4, 6, generator=generator), dim=1)
@@ -151,3 +152,13 @@ def test_a_window_over_the_whole_map(piece, monkeypatch):
 class _Everywhere(torch.nn.Module):
     def forward(self, query, gallery, references):
         return match(query, gallery, references, 999)
+
+
+def test_the_triton_kernel_is_not_asked_for_a_gallery_elsewhere():
+    """A bank that stays in main memory."""
+    query = F.normalize(torch.rand(1, 4, 3, 3, device="meta"), dim=1)
+    gallery = F.normalize(torch.rand(2, 4, 3, 3, device="meta"), dim=1)
+    assert match(query, gallery, torch.zeros(1, 1, dtype=torch.long, device="meta"), 3).shape == (1, 1, 3, 3)
+    own = F.normalize(torch.rand(1, 4, 3, 3), dim=1)
+    with pytest.raises(RuntimeError, match="meta"):  # of match_shifts, not of Triton
+        match(own, gallery, torch.zeros(1, 1, dtype=torch.long), 3, fused=True)

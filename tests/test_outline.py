@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cpr.outline import follow_edges, guided_filter, lower_skirts
+from anomalib_cpr.outline import follow_edges, guided_filter, largest_within, lower_skirts
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -109,3 +109,13 @@ def test_a_batch_is_as_its_images():
     maps, images = torch.rand(5, 1, 32, 32, generator=seeded()), torch.rand(5, 3, 32, 32, generator=seeded(1))
     alone = [follow_edges(maps[i : i + 1], images[i : i + 1]) for i in range(5)]
     torch.testing.assert_close(follow_edges(maps, images), torch.cat(alone), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (40, 24)])
+def test_largest_within_is_that_of_pooling(size, reach):
+    maps = torch.randn(2, 3, *size, generator=seeded())
+    maps[0, 0, 0, 0] = torch.nan
+    side = 2 * reach + 1
+    expected = F.max_pool2d(maps, side, stride=1, padding=reach)
+    torch.testing.assert_close(largest_within(maps, reach), expected, atol=0, rtol=0, equal_nan=True)

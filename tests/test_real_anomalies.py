@@ -6,6 +6,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from conftest import TINY_BACKBONE, write_mvtec
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -160,6 +161,15 @@ def test_folder(tmp_path):
 def data(tmp_path):
     root = write_mvtec(tmp_path / "data", test=4)
     return MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
+
+
+@pytest.mark.parametrize("pre_processor", [False, True])
+def test_without_a_step_before_the_normalisation(data, tmp_path, pre_processor):
+    processor = PreProcessor(v2.Normalize([0.5] * 3, [0.2] * 3)) if pre_processor else False
+    model = Cpr(**TINY_BACKBONE, descriptor_channels=8, k=3, known_anomalies=2, pre_processor=processor)
+    engine = Engine(max_steps=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    engine.fit(model, datamodule=data)
+    assert len(model.held_out) == 2
 
 
 def test_choice_from_the_test_set(data):

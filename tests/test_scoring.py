@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr.outline import follow_edges
-from anomalib_cpr.scoring import Scorer
+from anomalib_cpr.scoring import Scorer, largest_foreground
 
 
 def slow_score(distances, foregrounds, size, sigma=4):
@@ -73,3 +73,10 @@ def test_image_smaller_than_the_blur():
     anomaly_map, score = Scorer()([torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 2)], torch.ones(1, 1, 2, 4), (8, 16))
     assert anomaly_map.shape == (1, 1, 8, 16)
     assert torch.isfinite(score).all()
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 40])
+def test_largest_foreground_of_many_references(count):
+    foregrounds = torch.rand(2, count, 6, 10, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(foregrounds, (48, 80), mode="bilinear").amax(1, keepdim=True)
+    assert torch.equal(largest_foreground(foregrounds, (48, 80)), expected)

@@ -37,7 +37,7 @@ def test_naive_matching_is_the_same_matching(window):
 
 @torch.inference_mode()
 def test_the_naive_way_and_the_stages_give_the_model_s_maps(model):
-    images = torch.rand(3, 3, 64, 64)
+    images = torch.rand(1, 3, 64, 64)
     expected = model(images)
     laps = {"staged": [], "naive": []}
     staged = cpr_stages(model, images, laps["staged"].append)

@@ -1,33 +1,17 @@
 import pytest
 import torch
 
-from anomalib_cpr.feature_extractor import FeatureExtractor
 from anomalib_cpr.synthetic_anomalies import SyntheticAnomalyGenerator
 from anomalib_cpr.training import (
     PairsAhead,
     TrainingData,
     draw_image_pairs,
-    frozen_features,
     step_precision,
     training_autocast,
 )
 from anomalib_cpr.training_images import TrainingImages
 
 CPU = torch.device("cpu")
-
-
-def test_features_of_a_step_are_those_of_inference():
-    """Only memory layout and batching differ."""
-    torch.manual_seed(0)
-
-    class Model:
-        feature_extractor = FeatureExtractor("test_resnet", ["layer1", "layer2"])
-
-    images = torch.randn(3, 3, 48, 64)
-    fast, plain = frozen_features(Model, images), Model.feature_extractor(images)
-    for first, second in zip(fast, plain, strict=True):
-        assert first.is_contiguous(memory_format=torch.channels_last)
-        assert torch.allclose(first, second, atol=1e-5)
 
 
 @pytest.mark.parametrize(
