@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+from .command_arguments import existing_file, output_file
 from .lightning_model import Cpr
 from .progress import progress_bar
+from .real_anomalies import hold_out
 from .reference_bank import DTYPES, BankDtype, ReferenceBank
 from .torch_model import CprModel
 
@@ -56,15 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (argparse.ArgumentParser): Of the subcommand.
     """
-    parser.add_argument("checkpoint", type=Path, help="of a finished training, with a float32 bank of all images")
+    parser.add_argument(
+        "checkpoint", type=existing_file, help="of a finished training, with a float32 bank of all images"
+    )
     parser.add_argument("--data", default="MVTecAD", help="anomalib's data module (default: MVTecAD)")
     parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--category", required=True)
     parser.add_argument("--shares", nargs="+", type=float, default=[1, 0.5, 0.25, 0.125], help="of the images to keep")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the descriptors")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures")
-    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw accuracy against memory (PNG)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw accuracy against memory (PNG)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,8 +80,6 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         int: Exit code.
     """
-    if not arguments.checkpoint.is_file():
-        raise SystemExit(f"{arguments.checkpoint} does not exist.")
     if not all(0 < share <= 1 for share in arguments.shares):
         raise SystemExit(f"--shares {arguments.shares}: must be above 0 and at most 1.")
     # Not strict: a training with metrics of its own leaves their state in the checkpoint too. A bank or weights that do
@@ -96,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     data.prepare_data()
     data.setup()
+    hold_out(data, module.held_out)
     loader = data.test_dataloader()
     model = module.model
     banks = smaller_banks(model.bank, arguments.dtypes, arguments.shares)

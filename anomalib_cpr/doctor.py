@@ -34,16 +34,18 @@ REQUIRED = {
     "scikit-learn": "pip install scikit-learn",
     "threadpoolctl": "pip install threadpoolctl",
     "rich": "pip install rich",
+    "matplotlib": "pip install matplotlib",
+    "omegaconf": "pip install omegaconf",
+    "pyyaml": "pip install pyyaml",
     "tqdm": "pip install tqdm",
 }
 # Other distributions that bring the same module.
 STAND_INS = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
-    "lightning": ("pytorch-lightning",),
 }
 OPTIONAL = {
-    "onnx": 'export to ONNX: pip install "anomalib-cpr[openvino]"',
-    "openvino": 'export to OpenVINO: pip install "anomalib-cpr[openvino]"',
+    "onnx": 'export to ONNX: pip install "anomalib[openvino]"',
+    "openvino": 'export to OpenVINO: pip install "anomalib[openvino]"',
     "onnxruntime": "inference with exported ONNX models: pip install onnxruntime",
 }
 FAISS_DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
@@ -150,7 +152,7 @@ def check_registration() -> list[Finding]:
     output, results = _run_probe(f"{first}{inspect.getsource(_probe)}\n_probe({PROBE_MARK!r})\n")
     if not isinstance(results, dict):
         return [*findings, Finding("anomalib's forms", FAILED, _last_line(output), "see the versions above")]
-    advice = "see the reason; then `pip install --force-reinstall --no-deps anomalib-cpr`, or report it"
+    advice = "see the reason; then `pip install --force-reinstall --no-deps .` in its clone, or report it"
     findings += [
         Finding(form, OK if reason is None else FAILED, reason or "", "" if reason is None else advice)
         for form, reason in results.items()

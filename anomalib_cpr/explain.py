@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .alignment import spread
 from .coherence import coherent_distance
+from .command_arguments import existing_file
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
@@ -424,12 +425,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (argparse.ArgumentParser): Parser of the subcommand.
     """
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images to be explained, or folders")
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint of a trained Cpr")
+    parser.add_argument("--ckpt", type=existing_file, required=True, metavar="FILE", help="checkpoint of a trained Cpr")
     parser.add_argument("-o", "--output", type=Path, default=Path("explanations"), help="folder of the pictures")
     parser.add_argument(
         "--train-images", type=Path, metavar="FOLDER", help="where the training images are, if they were moved"
     )
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="true mask of the defect, outlined in the picture")
+    parser.add_argument(
+        "--mask", type=existing_file, metavar="FILE", help="true mask of the defect, outlined in the picture"
+    )
     parser.add_argument("--patches", type=int, default=PATCHES, help="hot patches to follow (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
 

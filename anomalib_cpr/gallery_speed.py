@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .command_arguments import output_file
 from .global_retrieval import SHORTLIST, GlobalRetriever, nearest_of_many, roots_of
 from .presets import PRESETS
 from .reference_bank import DTYPES, PARTS, BankDtype, ReferenceBank
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
 
 
 def run(arguments: argparse.Namespace) -> int:

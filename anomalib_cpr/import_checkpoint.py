@@ -8,7 +8,7 @@ training.
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from jsonargparse import ArgumentParser
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .checkpoint_check import is_finite
+from .command_arguments import read_datamodule
 from .feature_extractor import checked_size
 from .lightning_model import IMAGE_SIZE, Cpr
 from .messages import first_line
@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(arguments.image_size) == 1:
         arguments.image_size *= 2
     try:
-        datamodule = _read_datamodule(["--data", arguments.data, *arguments.rest])
+        datamodule = read_datamodule("import-checkpoint", ["--data", arguments.data, *arguments.rest])
         model = import_checkpoint(
             arguments.checkpoint,
             datamodule,
@@ -291,9 +291,3 @@ def _model_arguments(arguments: argparse.Namespace, model: Cpr) -> str:
             text = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
             told.append(f" --model.{name} {shlex.quote(text)}")
     return "".join(told)
-
-
-def _read_datamodule(argv: Sequence[str]) -> AnomalibDataModule:
-    parser = ArgumentParser(prog="anomalib-cpr import-checkpoint")
-    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    return parser.instantiate_classes(parser.parse_args(list(argv))).data

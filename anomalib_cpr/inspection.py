@@ -5,13 +5,13 @@ Everything is taken from a real training that is stopped before its first step: 
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from anomalib.data import get_datamodule
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .alignment import spread
 from .augmentation import device_generator
+from .command_arguments import existing_file, read_datamodule
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
 from .pairs import sample_patch_pairs
@@ -27,6 +28,8 @@ from .training import TrainingData, draw_image_pairs
 from .training_steps import step_generator
 
 logger = logging.getLogger(__name__)
+
+TAKES_REST = True  # what argparse does not know is read as arguments of the data module
 
 POSITIVE, REMOTE, ANOMALOUS = "#00C2A8", "#4C9BFF", "#FF3B30"
 DOTS_PER_KIND = 60
@@ -38,12 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (argparse.ArgumentParser): Parser of the subcommand.
     """
-    parser.epilog = "Options given here win over those of the configuration file."
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="configuration of `anomalib train`")
+    parser.epilog = (
+        "Options given here win over those of the configuration file; those of the data module as in anomalib, e.g. "
+        "--data Folder --data.name parts --data.root parts --data.normal_dir good."
+    )
+    parser.add_argument("-c", "--config", type=existing_file, metavar="FILE", help="configuration of `anomalib train`")
     parser.add_argument("--data", metavar="CLASS", help="data module, e.g. MVTecAD, Folder, DrawnParts")
     parser.add_argument("--root", metavar="FOLDER", help="its root")
     parser.add_argument("--category", help="its category")
-    parser.add_argument("--backbone-weights", metavar="FILE", help="weights of the backbone")
+    parser.add_argument("--backbone-weights", type=existing_file, metavar="FILE", help="weights of the backbone")
+    parser.add_argument("--random-weights", action="store_true", help="of the backbone, where there are no others")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images, divisible by 8")
     parser.add_argument("--kind", choices=("auto", "object", "texture"), help="object or texture")
     parser.add_argument("--anomaly-source-path", metavar="FOLDER", help="textures for synthetic anomalies")
@@ -64,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     register()
     model, data = _configuration(arguments)
     seed_everything(arguments.seed, workers=True)
-    for line in inspect(Cpr(**model, visualizer=False), get_datamodule(data), arguments.output, arguments.device):
+    datamodule = read_datamodule("inspect", ["--data", json.dumps(data), *arguments.rest])
+    for line in inspect(Cpr(**model, visualizer=False), datamodule, arguments.output, arguments.device):
         print(line)
     return 0
 
@@ -83,12 +91,18 @@ def _configuration(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[
     for name in ("backbone_weights", "image_size", "kind", "anomaly_source_path"):
         if getattr(arguments, name) is not None:
             model[name] = getattr(arguments, name)
+    if arguments.random_weights:
+        model["pre_trained"] = False
     return model, data
 
 
 def _read(file: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sections of a configuration of `anomalib train`."""
     loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if "class_path" in loaded:  # a file for `--model FILE`
+        loaded = {"model": loaded}
+    if not {"model", "data"} & set(loaded):
+        raise SystemExit(f"--config {file}: expected `model` or `data`, as `anomalib train --config` does.")
     section = loaded.get("model") or {}
     if str(section.get("class_path", "Cpr")).rpartition(".")[2] != "Cpr":
         raise SystemExit(f"--config {file}: its model is {section['class_path']}, not Cpr.")

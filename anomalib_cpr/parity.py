@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,10 +30,10 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
-from jsonargparse import ArgumentParser as TypedParser
 from rich.console import Console
 from rich.table import Table
 
+from .command_arguments import existing_file, output_file, read_datamodule
 from .lightning_model import Cpr
 from .progress import progress_bar
 
@@ -513,7 +514,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (argparse.ArgumentParser): To be extended.
     """
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint of a trained Cpr")
+    parser.add_argument("--ckpt", type=existing_file, required=True, metavar="FILE", help="checkpoint of a trained Cpr")
     parser.add_argument(
         "--data",
         required=True,
@@ -523,7 +524,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(DEFAULT_FORMATS), help="what to compare")
     parser.add_argument("--export-root", type=Path, metavar="FOLDER", help="keep the exported files here")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: its own choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file as well")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report to this file as well")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -535,28 +536,28 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         int: 0 if every uncompressed format keeps within the tolerance, 1 otherwise.
     """
-    datamodule = read_datamodule(["--data", arguments.data, *arguments.rest])
+    _check_installed(arguments.formats)
+    datamodule = read_datamodule("parity", ["--data", arguments.data, *arguments.rest])
     results = compare(arguments.ckpt, datamodule, arguments.formats, arguments.export_root, arguments.threads)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {**environment(arguments, datamodule), "rows": [result.row() for result in results]}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     show(results)
     return int(any(faults(result) for result in results))
 
 
-def read_datamodule(argv: Sequence[str]) -> AnomalibDataModule:
-    """Make a data module of ``--data`` and ``--data.*``, as anomalib's command line does.
-
-    Args:
-        argv (Sequence[str]): Arguments.
-
-    Returns:
-        AnomalibDataModule: The data module.
-    """
-    parser = TypedParser(prog="anomalib-cpr parity")
-    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    return parser.instantiate_classes(parser.parse_args(list(argv))).data
+def _check_installed(formats: Sequence[str]) -> None:
+    """Refuse before the first prediction what could only fail after all of them."""
+    runtimes = {
+        name: "openvino" if name.startswith("openvino") else "onnxruntime" for name in formats if name != "torch"
+    }
+    missing = sorted({module for module in runtimes.values() if find_spec(module) is None})
+    if missing:
+        without = [name for name in formats if runtimes.get(name) not in missing]
+        raise SystemExit(
+            f"{' and '.join(missing)} missing: pip install {' '.join(missing)}, or leave out what needs it: --formats "
+            f"{' '.join(without) or 'torch'}."
+        )
 
 
 def faults(result: Differences) -> list[str]:

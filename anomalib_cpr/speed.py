@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .command_arguments import output_file
 from .messages import first_line
 from .recorded_backbone import record_graph
 from .speed_models import FUSED, FUSED_ROWS, ROWS, NaiveCpr, Row, Setting, build, cpr_stages
@@ -101,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fused", action="store_true", help="CPR with the Triton kernel as well; CUDA only")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CPR from CUDA graphs; CUDA only")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures")
-    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw latency, memory and stages (PNG)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw latency, memory and stages (PNG)")
     parser.add_argument("--only-memory", choices=ROWS + FUSED_ROWS, help=argparse.SUPPRESS)
 
 

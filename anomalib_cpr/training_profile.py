@@ -10,7 +10,6 @@ a training can reach; the log of a training tells what it does reach.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,8 @@ from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from .benchmark_job import commit, cpu_name
+from .command_arguments import existing_file, output_file
 from .drawn_data import DrawnParts
 from .lightning_model import Cpr
 from .training import AUGMENTATION, BACKBONE, HEADS, PAIRS, SYNTHESIS
@@ -72,7 +73,12 @@ class StepClock(Callback):
         for name in STAGES:
             spent = getattr(seen[name], "device_time_total" if on_gpu else "cpu_time_total") if name in seen else 0
             self.shares[name.removeprefix("cpr: ")] = spent / microseconds
-        self.shares["other"] = 1 - sum(self.shares.values())
+        other = 1 - sum(self.shares.values())
+        if on_gpu:  # autograd starts these kernels in a thread of its own, where the profiler does not see the stage
+            other += self.shares.pop(BACKWARD.removeprefix("cpr: "))
+            self.shares["backward and other"] = other
+        else:
+            self.shares["other"] = other
 
     @staticmethod
     def _bare_step(model: Cpr, step: int) -> float:
@@ -146,12 +152,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", type=Path, default=Path("datasets/DrawnParts"), help="where it is drawn")
     parser.add_argument("--backbone", default="densenet201")
     parser.add_argument("--layers", nargs=2, default=["features.denseblock1", "features.denseblock2"])
-    parser.add_argument("--backbone-weights", type=Path, help="file; without it the backbone is random, as fast")
+    parser.add_argument(
+        "--backbone-weights", type=existing_file, help="file; without it the backbone is random, as fast"
+    )
     parser.add_argument(
         "--precision", nargs="+", default=["auto"], help="training_precision of the model, one run each"
     )
     parser.add_argument("--accelerator", default="auto", help="of the trainer: cpu, gpu, auto")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--json", type=output_file, help="write the result to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -195,7 +203,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"{row['cpu_s_per_step']:.2f} s of processor time; {shares}"
         )
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -203,7 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and arguments.accelerator != "cpu"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backbone": arguments.backbone,

@@ -74,9 +74,10 @@ def test_command(tiny_model, tiny_datamodule, mvtec_root, tmp_path):
     assert (tmp_path / "bank.png").stat().st_size > 10_000
 
 
-def test_bad_arguments(tmp_path):
-    with pytest.raises(SystemExit, match="does not exist"):
+def test_bad_arguments(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main(["bank", str(tmp_path / "no.ckpt"), "--root", ".", "--category", "screw"])
+    assert "no.ckpt does not exist" in capsys.readouterr().err
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(SystemExit, match="at most 1"):
         main(["bank", str(tmp_path / "model.ckpt"), "--root", ".", "--category", "screw", "--shares", "2"])

@@ -56,7 +56,7 @@ def test_missing_anomalib_says_what_to_install(capsys, absent):
     assert 'pip install "anomalib>=2.7,<2.8"' in printed
     assert "pip install torchvision" in printed
     assert "pip install rich" in printed  # and the report came without it
-    assert 'pip install "anomalib-cpr[openvino]"' in printed
+    assert 'pip install "anomalib[openvino]"' in printed
 
 
 def test_opt_out_is_named_and_not_a_failure(monkeypatch, probe):

@@ -275,9 +275,10 @@ def test_command_takes_grey_images_and_other_sizes(run, tmp_path, capsys):
     assert "grey.png: score" in capsys.readouterr().out
 
 
-def test_errors_name_what_is_wrong(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing"):
+def test_errors_name_what_is_wrong(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main(["explain", "--ckpt", str(tmp_path / "nothing.ckpt"), str(run[0] / "data")])
+    assert "nothing.ckpt does not exist" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no images"):
         main(["explain", "--ckpt", str(run[2]), str(tmp_path)])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
 from conftest import draw, write_mvtec
 from torch import nn
@@ -149,7 +150,7 @@ def test_maps_and_scores_are_those_of_a_plain_implementation(plain, released, da
             assert anomaly_map.max() > 0.01, "a map of zeros would show nothing"
 
 
-def test_command_writes_a_checkpoint_that_tests_and_predicts(released, data, tmp_path, capsys):
+def test_command_writes_a_checkpoint_that_tests_predicts_and_exports(released, data, tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "screw.ckpt"
     arguments = ["--data", "MVTecAD", "--data.root", str(data.root), "--data.category", "screw"]
     arguments += ["--data.num_workers", "0", "--output", str(output), "--image-size", str(SIZE)]
@@ -165,7 +166,33 @@ def test_command_writes_a_checkpoint_that_tests_and_predicts(released, data, tmp
     (metrics,) = engine.test(model, datamodule=data, ckpt_path=output)
     assert (model.model.window_sizes, model.model.scorer.sigma) == ((3, 1), 4.0), "the authors', whatever our defaults"
     assert 0 <= metrics["image_AUROC"] <= 1
-    assert len(engine.predict(model, datamodule=data, ckpt_path=output)) == 2
+    batches = engine.predict(model, datamodule=data, ckpt_path=output)
+    assert len(batches) == 2
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    exported = TorchInferencer(engine.export(model, ExportType.TORCH, ckpt_path=output), device="cpu")
+    for item in (item for batch in batches for item in batch):
+        prediction = exported.predict(item.image_path)
+        assert bool(prediction.pred_label) == bool(item.pred_label)
+        torch.testing.assert_close(prediction.pred_score.flatten(), item.pred_score.flatten(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(prediction.anomaly_map.flatten(), item.anomaly_map.flatten(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_exported_to_onnx_its_maps_are_the_same(released, data, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    output = tmp_path / "screw.ckpt"
+    import_checkpoint(released, data, output, image_size=(SIZE, SIZE), k=3)
+    model = Cpr.load_from_checkpoint(output, map_location="cpu", weights_only=True).eval()
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model(images)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
+    names = [node.name for node in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
+    for name in ("pred_score", "anomaly_map"):
+        torch.testing.assert_close(
+            torch.from_numpy(found[name]).flatten(), getattr(expected, name).flatten(), atol=1e-4, rtol=0
+        )
 
 
 def change(state, **changes):

@@ -4,6 +4,7 @@ import cv2
 import pytest
 import torch
 import yaml
+from anomalib.data import Folder
 from conftest import TINY_BACKBONE, write_mvtec
 
 from anomalib_cpr import Cpr, inspection
@@ -75,10 +76,30 @@ def test_options_win_over_the_file(configuration, tmp_path, monkeypatch):
     assert (str(seen["d"].root), seen["d"].category) == (str(root), "nut")
 
 
+def test_arguments_of_the_data_module_are_those_of_anomalib(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(inspection, "inspect", lambda module, data, *_: seen.update(m=module, d=data) or [])
+    write_mvtec(tmp_path)
+    folder = ["--data.name", "parts", "--data.root", tmp_path / "screw" / "train", "--data.normal_dir", "good"]
+    inspect("--data", "Folder", *folder, "--random-weights")
+    assert isinstance(seen["d"], Folder)
+    assert str(seen["d"].normal_dir) == "good"
+    assert not seen["m"].model.pre_trained
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        inspect("-c", tmp_path / "missing.yaml")
+    assert "missing.yaml does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "No data"),
+        ({}, "expected `model` or `data`"),
+        ({"trainer": {"max_steps": 1}}, "expected `model` or `data`"),
+        ({"class_path": "Cpr", "init_args": {}}, "No data"),  # a file for --model
+        ({"class_path": "Patchcore"}, "not Cpr"),
         ({"model": {"class_path": "Patchcore"}, "data": {"class_path": "MVTecAD"}}, "not Cpr"),
     ],
 )
