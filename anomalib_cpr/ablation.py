@@ -2,7 +2,8 @@
 """What helps a short training, and what does not: one thing changed at a time, on drawn data or a category of MVTec AD.
 
 Every variant trains with the same seeds, hence on the same pairs of images, for the same number of steps. Codebook,
-foreground and neighbours do not depend on the variant and are learned once. A finished run is never run again.
+foreground and neighbours do not depend on the variant and are learned once for each seed. A finished run is never run
+again.
 
     anomalib-cpr ablation run --weights densenet201.pth   # one JSON per run, in results/ablation
     anomalib-cpr ablation table                           # the table, as Markdown
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,16 +32,28 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from . import loss, training
-from .benchmark_job import commit
+from .benchmark_job import commit, cpu_name
 from .benchmark_metrics import quality, resize_masks
 from .bilinear import read_at
+from .command_arguments import existing_file
 from .drawn_data import DrawnParts
 from .lightning_model import Cpr
-from .pairs import PatchPairs
+from .pairs import PatchPairs, sample_patch_pairs
 from .real_anomalies import give_back, read_from_test_set
-from .training import ImagePairs
+from .training import ImagePairs, step_precision
 
 RESULTS = Path("results/ablation")
+USUAL = {  # settings that two runs in one folder may differ in, and that are not in every file's name
+    "channels": 64,
+    "batch_size": 8,
+    "image_size": 160,
+    "held_out": 0,
+    "precision": "auto",
+    "drawing_seed": 0,
+    "good_test_images": 12,
+    "defective_test_images": 7,
+}
+DRAWING = ("drawing_seed", "good_test_images", "defective_test_images")
 
 
 class AblationCpr(Cpr):
@@ -216,6 +230,11 @@ class Variant:
     patches: dict[str, Any] = field(default_factory=dict)
 
 
+def sample_with(remote: bool, *arguments: Any, **options: Any) -> PatchPairs:  # noqa: ANN401
+    """Draw patches with or without remote negatives, whatever the kind of data."""
+    return sample_patch_pairs(*arguments, **{**options, "remote": remote})
+
+
 LIKELY_POSITIVES = LikelyPositives()
 REFERENCE = {
     "learning_rate": 1e-3,
@@ -237,6 +256,8 @@ VARIANTS = {
         {"positions": 1200}, patches={"metric_loss": hardest_negatives}
     ),
     "remote negatives weigh the same": Variant(patches={"remote_weights": equal_weights}),
+    "remote negatives": Variant(patches={"sample_patch_pairs": partial(sample_with, True)}),
+    "no remote negatives": Variant(patches={"sample_patch_pairs": partial(sample_with, False)}),
     "every query has an anomaly": Variant({"anomaly_probability": 1.0}),
     "no warm-up": Variant({"warm_up_steps": 0}),
     "reference image of the 3 nearest": Variant({"nearest": 3}),
@@ -263,7 +284,7 @@ VARIANTS = {
     "windows 9 and 5": Variant({"window_sizes": [9, 5]}),
     "windows over the whole map": Variant({"window_sizes": [999, 999]}),
 }
-SHORT_TRAINING = list(VARIANTS)[:20]
+SHORT_TRAINING = list(VARIANTS)[:22]
 
 
 def train_and_measure(name: str, category: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -291,8 +312,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
     datamodule = load_data(category, options)
     curve = Curve(options.measure_at, lambda trained: measure(trained, load_data(category, options), options.held_out))
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(vars(training), variant.patches):
-        copies = "".join(f"_{angle:g}" for angle in model.rotations)
-        _reuse_preparation(model, options.data_root / f"prepared_{category}_{size}_{model.kind}{copies}.pt")
+        _reuse_preparation(model, options.data_root / _preparation_name(model, category, seed, options))
         engine = Engine(
             max_steps=options.steps,
             limit_val_batches=0,
@@ -314,12 +334,13 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "steps": options.steps,
         "batch_size": options.batch_size,
         "image_size": size,
+        **({} if options.mvtec else {name: getattr(options, name) for name in DRAWING}),
         "descriptor_channels": options.channels,
         "textures": "procedural" if options.textures is None else options.textures_name,
         "backbone": "densenet201",
         "backbone_weights": options.weights_name or ("random" if options.weights is None else options.weights.name),
         "held_out": options.held_out,
-        "training_precision": model.training_precision,
+        "training_precision": step_precision(model.training_precision, model.device),
         "kind": model.resolved_kind,
         "k": model.model.k,
         "window_sizes": list(model.model.window_sizes),
@@ -328,6 +349,9 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "relative_to_image": model.model.relative_to_image,
         "commit": options.commit or commit(),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "fit_seconds": round(seconds, 1),
         **measure(model, datamodule, options.held_out),
     }
@@ -346,8 +370,13 @@ def load_data(category: str, options: argparse.Namespace) -> AnomalibDataModule:
     """
     if options.mvtec is not None:
         return MVTecAD(root=options.mvtec, category=category, train_batch_size=options.batch_size, num_workers=0)
-    size, batch = options.image_size, options.batch_size
-    return DrawnParts(root=options.data_root, category=category, image_size=size, train_batch_size=batch)
+    return DrawnParts(
+        root=options.data_root,
+        category=category,
+        image_size=options.image_size,
+        train_batch_size=options.batch_size,
+        **{name: getattr(options, name) for name in DRAWING},
+    )
 
 
 def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[str, Any]:
@@ -392,6 +421,14 @@ def measure(model: Cpr, datamodule: AnomalibDataModule, held_out: int) -> dict[s
     return result
 
 
+def _preparation_name(model: Cpr, category: str, seed: int, options: argparse.Namespace) -> str:
+    """Of a file, after all that a preparation depends on but the code."""
+    copies = "".join(f"_{angle:g}" for angle in model.rotations)
+    weights = "random" if options.weights is None else options.weights.stem
+    drawn = "" if options.mvtec else f"_{options.drawing_seed}"
+    return f"prepared_{category}{drawn}_{options.image_size}_{model.kind}{copies}_{weights}_{seed}.pt"
+
+
 def _reuse_preparation(model: Cpr, path: Path) -> None:
     """Let codebook, foreground and histograms be learned once for a category and a seed."""
     learn = model._learn_retrieval  # noqa: SLF001
@@ -411,6 +448,25 @@ def _reuse_preparation(model: Cpr, path: Path) -> None:
     model._learn_retrieval = load_or_learn  # type: ignore[method-assign]  # noqa: SLF001
 
 
+def result_name(name: str, category: str, seed: int, options: argparse.Namespace) -> str:
+    """File of a run: variant, category, seed, steps, and what is not as usual.
+
+    Args:
+        name (str): Of the variant.
+        category (str): Of the data.
+        seed (int): Of everything.
+        options (argparse.Namespace): Of the command.
+
+    Returns:
+        str: Name of a JSON file.
+    """
+    told = [
+        f"{getattr(options, option)}_{option}" for option, usual in USUAL.items() if getattr(options, option) != usual
+    ]
+    slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+    return "-".join([slug, category, str(seed), str(options.steps), *told]) + ".json"
+
+
 def run_variants(options: argparse.Namespace) -> None:
     """Run what is missing until the time is over.
 
@@ -422,9 +478,9 @@ def run_variants(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for category in options.categories:
             for name in options.variants:
-                slug = "".join(letter if letter.isalnum() else "_" for letter in name)
-                path = options.results / f"{slug}-{category}-{seed}-{options.steps}.json"
+                path = options.results / result_name(name, category, seed, options)
                 if path.exists():
+                    print(f"{path} exists.")
                     continue
                 if time.monotonic() - start > 60 * options.minutes:
                     print("Time is over; run the command again for the rest.")
@@ -434,6 +490,20 @@ def run_variants(options: argparse.Namespace) -> None:
                 print(json.dumps(result))
 
 
+SETTINGS = {
+    "descriptor_channels": "{} channels",
+    "steps": "{} steps",
+    "batch_size": "{} pairs",
+    "image_size": "{} px",
+    "training_precision": "{}",
+    "held_out": "{} defects held out",
+    "drawing_seed": "drawing seed {}",
+    "good_test_images": "{} good test images",
+    "defective_test_images": "{} test images of each defect",
+}
+METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AP": "pixel AP", "AUPRO": "AUPRO"}
+
+
 def table(folder: Path) -> str:
     """Means over categories and seeds, and the difference from the reference on the same category and seed.
 
@@ -441,31 +511,56 @@ def table(folder: Path) -> str:
         folder (Path): With the JSON files of the runs.
 
     Returns:
-        str: Markdown.
+        str: Markdown. Runs of other settings have a row of their own, which names what differs in the folder.
     """
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    key = ("category", "seed", "steps", "image_size", "batch_size", "held_out")
-    rows = [{"held_out": 0, **row} for row in rows]
-    runs: dict[str, dict[tuple, dict]] = {}
+    if not rows:
+        raise SystemExit(f"{folder}: no results there. Run `anomalib-cpr ablation run`, or give another --results.")
+    earlier = {"held_out": 0, "drawing_seed": 0, "good_test_images": 12, "defective_test_images": 7}
+    rows = [{**earlier, **row} for row in rows]
+
+    def value_of(row: dict[str, Any], name: str) -> Any:  # noqa: ANN401
+        # What a variant is about does not keep it from the reference.
+        return None if name in getattr(VARIANTS.get(row["variant"]), "arguments", {}) else row.get(name)
+
+    differ = [name for name in SETTINGS if len({value_of(row, name) for row in rows} - {None}) > 1]
+    groups: dict[tuple, dict[tuple, dict]] = {}
     for row in rows:
-        runs.setdefault(row["variant"], {})[tuple(row[name] for name in key)] = row
-    reference = runs.get("reference", {})
-    metrics = ("image_AUROC", "pixel_AP", "AUPRO")
+        settings = tuple(value_of(row, name) for name in differ)
+        groups.setdefault((row["variant"], settings), {})[row["category"], row["seed"]] = row
+    order = list(VARIANTS)
     lines = [
-        "| variant | runs | image AUROC | pixel AP | AUPRO | minus reference: image AUROC, mean (each) | pixel AP |",
-        "|---|---|---|---|---|---|---|",
+        f"| variant | runs | {' | '.join(METRICS.values())} | minus reference: image AUROC, mean (each) | pixel AP |",
+        "|---|---|" + "---|" * (len(METRICS) + 2),
     ]
-    for name in sorted(runs, key=lambda name: list(VARIANTS).index(name) if name in VARIANTS else 99):
-        own = runs[name]
-        known = {metric: [row[metric] for row in own.values() if metric in row] for metric in metrics}
-        cells = [name, f"{len(own)}: {', '.join(sorted({run[0] for run in own}))}"]
-        cells += [f"{statistics.mean(known[metric]):.3f}" if known[metric] else "" for metric in metrics]
-        for metric in metrics[:2]:
-            changes = [own[run][metric] - reference[run][metric] for run in sorted(own) if run in reference]
-            each = ", ".join(f"{value:+.3f}" for value in changes)
-            cells.append(f"{statistics.mean(changes):+.3f} ({each})" if changes and name != "reference" else "")
+    for name, settings in sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else 99):
+        own = groups[name, settings]
+        reference = next(
+            (runs for (variant, others), runs in groups.items() if variant == "reference" and _alike(settings, others)),
+            {},
+        )
+        told = [SETTINGS[key].format(value) for key, value in zip(differ, settings, strict=True) if value is not None]
+        cells = [", ".join([name, *told]), f"{len(own)}: {', '.join(sorted({run[0] for run in own}))}"]
+        cells += [_mean_and_each([row[metric] for row in own.values() if metric in row]) for metric in METRICS]
+        for metric in ("image_AUROC", "pixel_AP"):
+            both = [run for run in sorted(own) if metric in own[run] and metric in reference.get(run, {})]
+            changes = [own[run][metric] - reference[run][metric] for run in both]
+            cells.append(_mean_and_each(changes, "+.3f", always=True) if name != "reference" else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _alike(some: tuple, others: tuple) -> bool:
+    """Whether settings are the same, as far as both are known."""
+    return all(one == other or None in {one, other} for one, other in zip(some, others, strict=True))
+
+
+def _mean_and_each(values: list[float], how: str = ".3f", *, always: bool = False) -> str:
+    """The mean, and in brackets what it is of."""
+    if not values:
+        return ""
+    each = f" ({', '.join(format(value, how) for value in values)})" if always or len(values) > 1 else ""
+    return format(statistics.mean(values), how) + each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -480,26 +575,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mvtec", type=Path, help="folder of MVTec AD: train on its categories, not on drawn data")
     parser.add_argument("--textures", type=Path, help="folder of textures for synthetic anomalies; none: drawn ones")
     parser.add_argument("--textures-name", default="a folder", help="what to call them in the results")
-    parser.add_argument("--channels", type=int, default=64, help="of the descriptors")
-    parser.add_argument("--weights", type=Path, help="file with the weights of DenseNet-201; none: random weights")
+    parser.add_argument("--channels", type=int, default=USUAL["channels"], help="of the descriptors")
+    parser.add_argument(
+        "--weights", type=existing_file, help="file with the weights of DenseNet-201; none: random weights"
+    )
     parser.add_argument("--weights-name", help="what to call them in the results; otherwise the file's name")
-    parser.add_argument("--variants", nargs="+", default=SHORT_TRAINING)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SHORT_TRAINING, metavar="VARIANT")
     parser.add_argument("--categories", nargs="+", default=["gear", "bracket"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=USUAL["batch_size"])
     parser.add_argument("--measure-at", nargs="+", type=int, default=[], help="steps after which to measure as well")
     parser.add_argument("--accelerator", default="cpu", help="cpu, gpu, ...: as Lightning calls it")
     parser.add_argument("--commit", help="what to call the code in the results, away from its repository")
-    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--image-size", type=int, default=USUAL["image_size"])
+    parser.add_argument("--drawing-seed", type=int, default=USUAL["drawing_seed"], help="of the drawn images")
+    parser.add_argument("--good-test-images", type=int, default=USUAL["good_test_images"], help="of drawn data")
+    parser.add_argument(
+        "--defective-test-images",
+        type=int,
+        default=USUAL["defective_test_images"],
+        help="of drawn data, of each kind of defect",
+    )
     parser.add_argument(
         "--precision",
-        choices=["bfloat16", "float32"],
-        default="bfloat16",
-        help="of the steps; bfloat16 takes half the time where a processor computes with it, and many times as long "
-        "where it does not",
+        choices=["auto", "bfloat16", "float32"],
+        default=USUAL["precision"],
+        help="of the steps; auto: bfloat16 where the device computes with it. Elsewhere that takes many times as long",
     )
-    parser.add_argument("--held-out", type=int, default=0, help="defects that leave the test set of every variant")
+    parser.add_argument(
+        "--held-out", type=int, default=USUAL["held_out"], help="defects that leave the test set of every variant"
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")
 
 

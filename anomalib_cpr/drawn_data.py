@@ -20,8 +20,6 @@ from tqdm.auto import tqdm
 from anomalib_cpr import drawing
 
 STAMP = "drawn.json"
-GOOD_TEST_IMAGES = 12
-DEFECTIVE_TEST_IMAGES = 7  # of each kind
 
 
 class DrawnParts(MVTecAD):
@@ -34,8 +32,6 @@ class DrawnParts(MVTecAD):
     - ``gear``: a brass gear at any angle; broken teeth, contamination, cracks, scratches.
     - ``fabric``: a woven texture; cuts, missing threads, stains, threads of the wrong colour.
     - ``pills``: nine tablets in a tray; chipped, cracked, soiled, of the wrong colour.
-
-    Each has 12 good test images and 7 of each kind of defect.
 
     Args:
         root (Path | str | None): Folder of the data set; a folder per category is drawn into it. ``None`` stands for
@@ -73,6 +69,10 @@ class DrawnParts(MVTecAD):
             Defaults to ``256``.
         drawing_seed (int): Seed of the images, not negative.
             Defaults to ``0``.
+        good_test_images (int): Number of good test images, at least 1.
+            Defaults to ``12``.
+        defective_test_images (int): Number of test images of each kind of defect, at least 1.
+            Defaults to ``7``.
 
     Raises:
         ValueError: If there is no such category, or a number is too small.
@@ -104,6 +104,8 @@ class DrawnParts(MVTecAD):
         train_images: int = 60,
         image_size: int | tuple[int, int] = 256,
         drawing_seed: int = 0,
+        good_test_images: int = 12,
+        defective_test_images: int = 7,
     ) -> None:
         super().__init__(
             root=resolve_dataset_root(root, "DrawnParts"),
@@ -128,9 +130,13 @@ class DrawnParts(MVTecAD):
         drawing.check(category, size=height, seed=drawing_seed)
         if train_images < 2:
             raise ValueError(f"Invalid train_images={train_images}; expected 2 or more.")
+        if min(good_test_images, defective_test_images) < 1:
+            raise ValueError(f"Invalid {good_test_images=}, {defective_test_images=}; expected 1 or more.")
         self.train_images = train_images
         self.image_size = height
         self.drawing_seed = drawing_seed
+        self.good_test_images = good_test_images
+        self.defective_test_images = defective_test_images
 
     def prepare_data(self) -> None:
         """Draw the category, unless the folder already holds these images.
@@ -144,6 +150,8 @@ class DrawnParts(MVTecAD):
         arguments = {
             "category": self.category,
             "train_images": self.train_images,
+            "good_test_images": self.good_test_images,
+            "defective_test_images": self.defective_test_images,
             "image_size": self.image_size,
             "seed": self.drawing_seed,
             "version": drawing.VERSION,
@@ -177,7 +185,8 @@ def write_drawings(target: Path, arguments: dict[str, Any]) -> None:
 
     Args:
         target (Path): Folder of the category.
-        arguments (dict[str, Any]): ``category``, ``train_images``, ``image_size``, ``seed`` and ``version``.
+        arguments (dict[str, Any]): ``category``, ``train_images``, ``good_test_images``, ``defective_test_images``,
+            ``image_size``, ``seed`` and ``version``.
 
     Raises:
         FileExistsError: If the folder holds files that were not drawn here.
@@ -199,9 +208,9 @@ def write_drawings(target: Path, arguments: dict[str, Any]) -> None:
 
 def _parts(arguments: dict[str, Any]) -> Iterator[_Part]:
     yield from (_Part("train", drawing.GOOD, number) for number in range(arguments["train_images"]))
-    yield from (_Part("test", drawing.GOOD, number) for number in range(GOOD_TEST_IMAGES))
+    yield from (_Part("test", drawing.GOOD, number) for number in range(arguments["good_test_images"]))
     for defect in drawing.DEFECTS[arguments["category"]]:
-        yield from (_Part("test", defect, number) for number in range(DEFECTIVE_TEST_IMAGES))
+        yield from (_Part("test", defect, number) for number in range(arguments["defective_test_images"]))
 
 
 def _draw_all(folder: Path, arguments: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert row["backbone_weights"] == "random"
     assert row["coherent_matching"] is True
     assert row["relative_to_image"] is True
+    assert row["drawing_seed"] == 0
+    assert row["threads"] >= 1
     assert 0 <= row["pixel_AP"] <= 1
     assert "whole_test_set" not in row, "it was trained on some of it"
     other = json.loads(files[2].read_text())
@@ -39,6 +41,9 @@ def test_runs_and_table(tmp_path, monkeypatch):
     assert 0 <= other["whole_test_set"]["AUPRO"] <= 1
     again = ablation("run", *size, "--categories", "gear", "--variants", *variants, folder=tmp_path)
     assert "{" not in again, "nothing is run twice"
+    assert again.count("exists.") == 3
+    (prepared,) = (tmp_path / "datasets" / "DrawnParts").glob("prepared_*")
+    assert prepared.name == "prepared_gear_0_64_auto_random_0.pt", "once for all variants of a seed"
     assert "| reference | 1: gear |" in ablation("table", folder=tmp_path)
 
 
@@ -67,8 +72,21 @@ def test_differences_are_from_the_same_category_and_seed(tmp_path):
         row = {**common, "variant": variant, "category": "gear", "seed": seed, "pixel_AP": precision}
         (tmp_path / f"{index}.json").write_text(json.dumps(row))
     lines = table(tmp_path).splitlines()
-    assert lines[2] == "| reference | 2: gear | 0.900 | 0.600 |  |  |  |"
-    assert lines[3] == "| no warm-up | 2: gear | 0.900 | 0.750 |  | +0.000 (+0.000) | -0.100 (-0.100) |", (
-        "seed 2 is alone"
-    )
-    assert lines[4] == "| texture | 1: gear | 0.900 | 0.100 |  |  |  |"
+    assert lines[2] == "| reference | 2: gear | 0.900 (0.900, 0.900) |  | 0.600 (0.500, 0.700) |  |  |  |"
+    assert lines[3] == (
+        "| no warm-up | 2: gear | 0.900 (0.900, 0.900) |  | 0.750 (0.600, 0.900) |  "
+        "| +0.000 (+0.000) | -0.100 (-0.100) |"
+    ), "seed 2 is alone"
+    assert lines[4] == "| texture | 1: gear | 0.900 |  | 0.100 |  |  |  |"
+
+
+def test_other_settings_have_rows_of_their_own_that_say_what_differs(tmp_path):
+    common = {"category": "screw", "seed": 0, "image_size": 320, "batch_size": 8}
+    runs = [("reference", 64, 200, 0.5), ("texture", 64, 200, 0.4), ("texture", 384, 1000, 0.7)]
+    for index, (variant, channels, steps, precision) in enumerate(runs):
+        row = {"variant": variant, "descriptor_channels": channels, "steps": steps, "pixel_AP": precision, **common}
+        (tmp_path / f"{index}.json").write_text(json.dumps(row))
+    lines = table(tmp_path).splitlines()
+    assert lines[2] == "| reference, 64 channels, 200 steps | 1: screw |  |  | 0.500 |  |  |  |"
+    assert lines[3] == "| texture, 64 channels, 200 steps | 1: screw |  |  | 0.400 |  |  | -0.100 (-0.100) |"
+    assert lines[4] == "| texture, 384 channels, 1000 steps | 1: screw |  |  | 0.700 |  |  |  |"

@@ -12,7 +12,7 @@ from anomalib.data import AnomalibDataModule, get_datamodule
 
 import anomalib_cpr
 from anomalib_cpr import DrawnParts, drawing
-from anomalib_cpr.drawn_data import DEFECTIVE_TEST_IMAGES, GOOD_TEST_IMAGES, STAMP
+from anomalib_cpr.drawn_data import STAMP
 
 
 def small(root, category="bracket", **arguments):
@@ -33,9 +33,9 @@ def drawn(tmp_path_factory):
 def test_layout_is_mvtec_ads(drawn):
     assert [path.name for path in drawn.iterdir()] == ["bracket"], "nothing is left beside it"
     expected = {STAMP} | {f"train/good/{index:03}.png" for index in range(3)}
-    expected |= {f"test/good/{index:03}.png" for index in range(GOOD_TEST_IMAGES)}
+    expected |= {f"test/good/{index:03}.png" for index in range(12)}
     for defect in drawing.DEFECTS["bracket"]:
-        for index in range(DEFECTIVE_TEST_IMAGES):
+        for index in range(7):
             expected |= {f"test/{defect}/{index:03}.png", f"ground_truth/{defect}/{index:03}_mask.png"}
     assert set(contents(drawn / "bracket")) == expected
 
@@ -171,7 +171,15 @@ def test_setup_without_prepare_data(tmp_path):
     assert batch.image.shape == (40, 3, 64, 64)
     assert batch.gt_mask.shape == (40, 64, 64)
     assert torch.equal(batch.gt_mask.flatten(1).any(dim=1), batch.gt_label.bool())
-    assert int(batch.gt_label.sum()) == 4 * DEFECTIVE_TEST_IMAGES
+    assert int(batch.gt_label.sum()) == 4 * 7
+
+
+def test_larger_test_sets_begin_with_the_same_images(drawn, tmp_path):
+    small(tmp_path, good_test_images=13, defective_test_images=8).prepare_data()
+    larger, usual = contents(tmp_path / "bracket"), contents(drawn / "bracket")
+    assert len(larger) - len(usual) == 1 + 4 * 2  # one good image, and of each defect one with its mask
+    for name in set(usual) - {STAMP}:
+        assert larger[name] == usual[name], name
 
 
 def test_other_splits(drawn):
@@ -204,6 +212,8 @@ def test_the_command_line_knows_it(name, tmp_path):
     [
         ({"category": "bottle"}, "Invalid category='bottle'; expected one of bracket, gear, fabric, pills"),
         ({"train_images": 1}, "Invalid train_images=1; expected 2 or more"),
+        ({"good_test_images": 0}, "Invalid good_test_images=0, defective_test_images=7; expected 1 or more"),
+        ({"defective_test_images": 0}, "Invalid good_test_images=12, defective_test_images=0; expected 1 or more"),
         ({"image_size": 32}, "Invalid image_size=32; parts are drawn with 64 pixels or more"),
         ({"image_size": (64, 128)}, r"Invalid image_size=\(64, 128\); parts are drawn on squares"),
         ({"drawing_seed": -1}, "Invalid seed=-1 of the drawing"),
