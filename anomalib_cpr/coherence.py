@@ -10,7 +10,6 @@ Source: not of CPR; stereo vision aggregates the costs of its candidates over a 
 2002, doi 10.1023/A:1014573219977, section 3.2).
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -40,4 +39,6 @@ def coherent_distance(distances: Tensor) -> Tensor:
         around = F.avg_pool2d(around, side, stride=1, padding=border, count_include_pad=False)
     weights = (around / -TEMPERATURE).softmax(dim=1)
     agreed = (weights * distances).sum(1, keepdim=True)
-    return torch.lerp(distances.amin(1, keepdim=True), agreed, AGREEMENT)
+    nearest = distances.amin(1, keepdim=True)
+    # Not torch.lerp: OpenVINO rewrites its subtractions, and forgets on the way that they may not be rounded.
+    return nearest + AGREEMENT * (agreed - nearest)

@@ -25,7 +25,7 @@ ONE_FILE_LIMIT = 2**31 - 2**27
 OPSET = 18  # the exporter's own; asked for another, it makes this one and tries to convert it
 DESCRIPTORS = "bank.descriptors"
 NETWORKS = ("feature_extractor", "metric_heads")
-REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Unsqueeze", "Subtract", "Divide")
+REWRITTEN = ("Pad", "MaxPool", "Interpolate", "Softmax", "Unsqueeze", "Subtract", "Divide")
 FULL_PRECISION = "precise_0"  # OpenVINO's name for "infer in the original precision" in the information at run time
 
 
@@ -198,45 +198,60 @@ def keep_full_precision(path: Path, *, compress_to_fp16: bool = False) -> None:
 
 
 def _settle(model: "ov.Model") -> None:
-    """Write operations as OpenVINO's CPU plugin would rewrite them, because its own rewriting forgets the precision.
+    """Write operations as OpenVINO's CPU plugin would rewrite them, because its own rewriting forgets the precision."""
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() not in REWRITTEN:
+            continue
+        new = _as_executed(operation) or _as_sum_or_product(operation)
+        if new is not None:
+            new.set_friendly_name(operation.get_friendly_name())
+            operation.output(0).replace(new.output(0))
 
-    Pad, MaxPool and Interpolate in the versions that the plugin executes, Unsqueeze as Reshape, and x subtracted from
-    a number as -x plus that number, both as large as x (scalars would make yet another operation of it). Differences
-    and quotients of maps as sums and products.
-    """
+
+def _as_executed(operation: Any) -> Any:  # noqa: ANN401 - openvino.Node
+    """Pad, MaxPool, Interpolate and Softmax in the versions that the plugin executes, Unsqueeze as Reshape."""
     from openvino import opset1  # noqa: PLC0415 - optional
     from openvino.utils.node_factory import NodeFactory  # noqa: PLC0415 - optional
 
-    for operation in model.get_ordered_ops():
-        kind, inputs = operation.get_type_name(), operation.input_values()
-        if kind not in REWRITTEN:
-            continue
-        shape = [-1 if side.is_dynamic else side.get_length() for side in operation.get_output_partial_shape(0)]
-        attributes = operation.get_attributes()
-        if kind == "Pad":
-            new = opset1.pad(*inputs[:3], attributes["pad_mode"], *inputs[3:])
-        elif kind == "MaxPool" and set(attributes["dilations"]) == {1}:
-            names = ("strides", "pads_begin", "pads_end", "kernel", "rounding_type", "auto_pad")
-            new = opset1.max_pool(inputs[0], *(attributes[name] for name in names))
-        elif kind == "Interpolate" and -1 not in shape[2:]:
-            sizes = [opset1.constant(np.array(shape[2:])), opset1.constant(np.ones(2, np.float32))]
-            axes = opset1.constant(np.array([2, 3]))
-            new = NodeFactory("opset4").create(
-                kind, [inputs[0], *(node.output(0) for node in (*sizes, axes))], attributes
-            )
-        elif kind == "Unsqueeze" and shape.count(-1) < 2:
-            new = opset1.reshape(inputs[0], np.array(shape), special_zero=False)
-        elif kind == "Subtract" and _is_scalar(inputs[0]) and -1 not in shape[1:]:
-            value = np.full(shape[1:], inputs[0].get_node().data.item(), np.float32)
-            new = opset1.add(opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)), value)
-        elif kind == "Subtract" and _is_map(operation):
-            new = opset1.add(inputs[0], opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)))
-        elif kind == "Divide" and _is_map(operation):
-            new = opset1.multiply(inputs[0], opset1.power(inputs[1], np.full(shape[1:], -1, np.float32)))
-        else:
-            continue
-        new.set_friendly_name(operation.get_friendly_name())
-        operation.output(0).replace(new.output(0))
+    kind, inputs, attributes = operation.get_type_name(), operation.input_values(), operation.get_attributes()
+    shape = _shape_of(operation)
+    if kind == "Pad":
+        return opset1.pad(*inputs[:3], attributes["pad_mode"], *inputs[3:])
+    if kind == "MaxPool" and set(attributes["dilations"]) == {1}:
+        names = ("strides", "pads_begin", "pads_end", "kernel", "rounding_type", "auto_pad")
+        return opset1.max_pool(inputs[0], *(attributes[name] for name in names))
+    if kind == "Softmax":
+        return opset1.softmax(inputs[0], attributes["axis"] % len(shape))
+    if kind == "Interpolate" and -1 not in shape[2:]:
+        sizes = [opset1.constant(np.array(shape[2:])), opset1.constant(np.ones(2, np.float32))]
+        axes = opset1.constant(np.array([2, 3]))
+        return NodeFactory("opset4").create(kind, [inputs[0], *(node.output(0) for node in (*sizes, axes))], attributes)
+    if kind == "Unsqueeze" and shape.count(-1) < 2:
+        return opset1.reshape(inputs[0], np.array(shape), special_zero=False)
+    return None
+
+
+def _as_sum_or_product(operation: Any) -> Any:  # noqa: ANN401 - openvino.Node
+    """Differences and quotients of maps as sums and products.
+
+    x subtracted from a number is -x plus that number, both as large as x: scalars would make yet another operation.
+    """
+    from openvino import opset1  # noqa: PLC0415 - optional
+
+    kind, inputs, shape = operation.get_type_name(), operation.input_values(), _shape_of(operation)
+    if kind == "Subtract" and _is_scalar(inputs[0]) and -1 not in shape[1:]:
+        value = np.full(shape[1:], inputs[0].get_node().data.item(), np.float32)
+        return opset1.add(opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)), value)
+    if kind == "Subtract" and _is_map(operation):
+        return opset1.add(inputs[0], opset1.multiply(inputs[1], np.full(shape[1:], -1, np.float32)))
+    if kind == "Divide" and _is_map(operation):
+        return opset1.multiply(inputs[0], opset1.power(inputs[1], np.full(shape[1:], -1, np.float32)))
+    return None
+
+
+def _shape_of(operation: Any) -> list[int]:  # noqa: ANN401 - openvino.Node
+    """Of its first output, -1 where it is not known."""
+    return [-1 if side.is_dynamic else side.get_length() for side in operation.get_output_partial_shape(0)]
 
 
 def _is_map(operation: Any) -> bool:  # noqa: ANN401 - openvino.Node

@@ -24,7 +24,8 @@ def share_that_counts(distances: Tensor) -> Tensor:
         Tensor: Factor for the distances, 0.1 where everything is as foreign as can be, 1 where nothing is,
             ``(batch, 1, 1, 1)``.
     """
-    return (LITTLE / (distances.mean((1, 2, 3), keepdim=True) + LITTLE)).sqrt()
+    # As a power: OpenVINO rewrites the division of a number, and forgets on the way that it may not be rounded.
+    return (distances.mean((1, 2, 3), keepdim=True) / LITTLE + 1).pow(-0.5)
 
 
 def lower_the_rest(anomaly_map: Tensor) -> Tensor:

@@ -214,6 +214,15 @@ def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files)
     assert rounded == []
 
 
+def test_openvino_finds_nothing_to_rewrite(files):
+    """What its CPU plugin rewrites, it may compute in bfloat16, where the CPU has that; seen on any CPU."""
+    operations = ov.Core().read_model(files["openvino"]).get_ops()
+    assert {op.get_type_name() for op in operations}.isdisjoint({"Divide", "Subtract", "Unsqueeze"})
+    versions = {op.get_type_name(): op.get_type_info().version_id for op in operations}
+    executed = {"Pad": "opset1", "MaxPool": "opset1", "Softmax": "opset1", "Interpolate": "opset4"}
+    assert {name: versions[name] for name in executed} == executed
+
+
 class Distances(torch.nn.Module):
     def __init__(self, gallery):
         super().__init__()
