@@ -105,6 +105,14 @@ def test_other_weights_give_other_maps(extractor, tmp_path, change):
     assert_near(extractor(images()), other.network(images()), 1e-5)
 
 
+def test_converted_weights_are_not_folded(extractor):
+    extractor(images())
+    extractor.double()
+    found, expected = extractor(images().double()), extractor.network(images().double())
+    assert [maps.dtype for maps in found] == [torch.float64] * 2
+    assert all(torch.allclose(own, other) for own, other in zip(found, expected, strict=True))
+
+
 def test_copies_and_pickles_leave_it_behind(extractor):
     expected = extractor(images())
     for copied in (copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):  # noqa: S301
