@@ -230,9 +230,9 @@ class Variant:
     patches: dict[str, Any] = field(default_factory=dict)
 
 
-def sample_with(remote: bool, *arguments: Any, **options: Any) -> PatchPairs:  # noqa: ANN401
+def sample_with(wanted: bool, *arguments: Any, **options: Any) -> PatchPairs:  # noqa: ANN401
     """Draw patches with or without remote negatives, whatever the kind of data."""
-    return sample_patch_pairs(*arguments, **{**options, "remote": remote})
+    return sample_patch_pairs(*arguments, **{**options, "remote": wanted})
 
 
 LIKELY_POSITIVES = LikelyPositives()

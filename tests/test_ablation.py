@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_command_line import PROJECT
 
-from anomalib_cpr.ablation import table
+from anomalib_cpr import training
+from anomalib_cpr.ablation import VARIANTS, table
+from anomalib_cpr.pairs import sample_patch_pairs
 
 
 def ablation(*arguments, folder):
@@ -62,6 +65,23 @@ def test_measuring_in_the_middle_changes_nothing(tmp_path, monkeypatch):
         del row["fit_seconds"]
     del plain["commit"]
     assert curve == plain
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize(("variant", "drawn"), [("remote negatives", True), ("no remote negatives", False)])
+def test_a_variant_decides_on_remote_negatives_whatever_the_kind(variant, drawn, remote):
+    sample = VARIANTS[variant].patches["sample_patch_pairs"]
+    anomalies = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    pairs = sample(anomalies, None, torch.Generator().manual_seed(0), remote=remote, count=20)  # as a training asks
+    expected = sample_patch_pairs(anomalies, None, torch.Generator().manual_seed(0), remote=drawn, count=20)
+    assert bool(pairs.valid[:, 20:40].all()) is drawn
+    assert torch.equal(pairs.query, expected.query)
+    assert torch.equal(pairs.valid, expected.valid)
+
+
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.patches])
+def test_what_a_variant_replaces_is_there(variant):
+    assert all(callable(getattr(training, name)) for name in VARIANTS[variant].patches)
 
 
 def test_differences_are_from_the_same_category_and_seed(tmp_path):
