@@ -37,6 +37,7 @@ OWN_VALUES: dict[str, tuple[type, ...]] = {
     "blur_sigma": (int, float),
     "follow_edges": (bool,),
     "coherent_matching": (bool,),
+    "unaligned_matching": (bool,),
     "relative_to_image": (bool,),
     "training_paths": (list,),
 }

@@ -27,6 +27,7 @@ from .quantisation import restore
 from .relative import share_that_counts
 from .scoring import fuse
 from .torch_model import CprModel
+from .unaligned import distance_to_several
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,9 @@ class Explanation:
         reference_foregrounds (Tensor): ``(k, height / 4, width / 4)``.
         matches (list[Match]): Per scale, finest first.
         distances (list[Tensor]): What the map is made of, per scale, ``(height, width)``: those of the matches, or,
-            with coherent matching, those on which neighbours agree.
-        share (float): By which these were multiplied, since they are judged relative to the image; 1 if they are not.
+            with coherent matching, those on which neighbours agree; with unaligned matching, means over references.
+        shares (list[float]): By which these were multiplied, since they are judged relative to the image; 1 if they are
+            not.
         patches (list[HotPatch]): The hottest first.
     """
 
@@ -136,7 +138,7 @@ class Explanation:
     reference_foregrounds: Tensor
     matches: list[Match]
     distances: list[Tensor]
-    share: float
+    shares: list[float]
     patches: list[HotPatch]
 
 
@@ -239,10 +241,14 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     shown = [match.distance for match in matches]
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
-    share = 1.0
-    if model.relative_to_image:
+    elif model.unaligned_matching:
+        shown = [distance_to_several(match.per_reference[None])[0, 0] for match in matches]
+    shares = [1.0] * len(matches)
+    if model.relative_to_image and model.unaligned_matching:
+        shares = [float(share_that_counts(distance[None, None] * 0.5)) for distance in shown]
+    elif model.relative_to_image:
         size = (image.shape[-2], image.shape[-1])
-        share = float(share_that_counts(fuse([match.distance[None, None] for match in matches], size)))
+        shares = [float(share_that_counts(fuse([match.distance[None, None] for match in matches], size)))] * len(shown)
     foreground, reference_foregrounds = foregrounds[0, 0], foregrounds[0, 1:]
     anomaly_map = prediction.anomaly_map[0, 0].float()
     unlike = float((usual < distances[0].cpu()).float().mean())
@@ -253,7 +259,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
             float(anomaly_map[pixel]),
             references,
             matches,
-            shown,
+            [distance * share for distance, share in zip(shown, shares, strict=True)],
             foreground,
             reference_foregrounds,
             unlike,
@@ -273,7 +279,7 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
         reference_foregrounds=reference_foregrounds.cpu(),
         matches=[Match(**{name: value.cpu() for name, value in vars(match).items()}) for match in matches],
         distances=[distance.cpu() for distance in shown],
-        share=share,
+        shares=shares,
         patches=hot,
     )
 
@@ -359,7 +365,8 @@ def _follow(
     # The map is smoothed or follows edges: its peak lies within two cells of the cell that contributes most.
     row, column = pixel[0] // 4, pixel[1] // 4
     top, left = max(0, row - 2), max(0, column - 2)
-    nearby = ((fine + coarse) * weight)[top : row + 3, left : column + 3]
+    together = torch.maximum(fine, coarse) if model.unaligned_matching else fine + coarse
+    nearby = (together * weight)[top : row + 3, left : column + 3]
     row, column = top + int(nearby.argmax()) // nearby.shape[1], left + int(nearby.argmax()) % nearby.shape[1]
 
     scales = []

@@ -180,7 +180,8 @@ def _draw_maps(
     axes = [*(figure.add_subplot(maps[column]) for column in range(5)), figure.add_subplot(grid[1])]
     peak = float(explanation.anomaly_map.max())
     top = max(peak, 2 * threshold if threshold is not None else 0.0, 1e-6)
-    made_of = "" if explanation.share == 1 else f"\ndistances x {explanation.share:.2f}"  # relative to the image
+    factors = dict.fromkeys(f"{share:.2f}" for share in explanation.shares)  # relative to the image
+    made_of = "" if max(explanation.shares) == 1 else f"\ndistances x {' and '.join(factors)}"
     show_map(axes[0], explanation.anomaly_map, f"Anomaly map{made_of}", (0, top))
     if threshold is not None:
         outline(axes[0], explanation.anomaly_map > threshold, "#56B4E9", 1.0)

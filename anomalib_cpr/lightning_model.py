@@ -67,6 +67,10 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         coherent_matching (bool | None): On the map, neighbouring patches agree on the references that they are matched
             with, which shows missing pieces better. Image scores are the same. None means yes for objects, no for
             textures and loose parts, and what its training had for a checkpoint; the paper's patches are on their own.
+        unaligned_matching (bool | None): The distance of a patch is the mean over its five nearest references, and the
+            scale that shows more of a defect counts more. None means yes for textures and loose parts, no for other
+            objects, and what its training had for a checkpoint; the paper takes the nearest reference and the mean of
+            the scales. Excludes ``coherent_matching``.
         relative_to_image (bool | None): Distances count in proportion to how far the image is from its references as a
             whole, background included, so that another lamp is no anomaly. None means yes in a training, and what its
             training had for a checkpoint; the paper's count as they are.
@@ -155,6 +159,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         blur_sigma: float | None = None,
         follow_edges: bool | None = None,
         coherent_matching: bool | None = None,
+        unaligned_matching: bool | None = None,
         relative_to_image: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -210,6 +215,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             "blur_sigma": blur_sigma,
             "follow_edges": follow_edges,
             "coherent_matching": coherent_matching,
+            "unaligned_matching": unaligned_matching,
             "relative_to_image": relative_to_image,
         }
         given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
@@ -228,7 +234,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
                 max_references=max_references,
                 bank_on_host=bank_on_host,
                 bank_file=bank_file,
-                **given,
+                **({"coherent_matching": False} if unaligned_matching else {}) | given,
             )
         self._given_settings = frozenset(given)
         self.clustering_backend = clustering_backend

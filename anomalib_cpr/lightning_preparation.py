@@ -202,13 +202,21 @@ class Preparation(LightningModule):
         )
         # Ranks may differ in the last bits, and must decide alike.
         self._loose = self.trainer.strategy.broadcast(self._looks_loose(images, neighbours.cpu()))
-        if not resumed and "coherent_matching" not in self._given_settings:
-            self.model.coherent_matching = self.resolved_kind == "object" and not self._loose
+        if not resumed:
+            self._decide_on_alignment(aligned=self.resolved_kind == "object" and not self._loose)
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         synthesise.recoloured, synthesise.displaced = self._shares_of_the_image_itself()
         self._plan_training()
         self._say_what_it_takes(images)
+
+    def _decide_on_alignment(self, *, aligned: bool) -> None:
+        """Coherent matching for what is aligned, unaligned matching for what is not, unless the user says otherwise."""
+        given, model = self._given_settings, self.model
+        if "coherent_matching" not in given:
+            model.coherent_matching = aligned and not (model.unaligned_matching and "unaligned_matching" in given)
+        if "unaligned_matching" not in given:
+            model.unaligned_matching = not aligned and not model.coherent_matching
 
     def _shares_of_the_image_itself(self) -> tuple[float, float]:
         """Of the synthetic anomalies, those in other colours and those that are moved."""
@@ -311,7 +319,10 @@ class Preparation(LightningModule):
         """Whether good patches find their match outside of the windows, where something depends on it."""
         if len(images) < ENOUGH_IMAGES or not self.model.pre_trained:
             return False
-        if {"window_sizes", "coherent_matching"} <= self._given_settings and self.recoloured_anomalies is not None:
+        given, model = self._given_settings, self.model
+        ways = {name: getattr(model, name) for name in ("coherent_matching", "unaligned_matching") if name in given}
+        settled = len(ways) == 2 or any(ways.values())  # they exclude each other
+        if settled and "window_sizes" in given and self.recoloured_anomalies is not None:
             return False
         chosen, references = surveyed(neighbours)
         with torch.no_grad():

@@ -173,4 +173,11 @@ def _scores(
             for option in asked:  # the matches with ten references are among those with twenty
                 nearest = [distance[:, : option.k] for distance in found]
                 own_foregrounds = foregrounds[:, : 1 + nearest[0].shape[1]]
-                yield option, model.scorer(nearest, own_foregrounds, size, relative=model.relative_to_image)[1]
+                _, score = model.scorer(
+                    nearest,
+                    own_foregrounds,
+                    size,
+                    relative=model.relative_to_image,
+                    unaligned=model.unaligned_matching,
+                )
+                yield option, score

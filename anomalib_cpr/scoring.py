@@ -13,6 +13,7 @@ from .coherence import coherent_distance
 from .outline import follow_edges
 from .quantisation import is_traced
 from .relative import lower_the_rest, share_that_counts
+from .unaligned import distance_to_several, fuse_plainer
 
 TOP_SHARE = 512 / 320**2
 PAPER_SIGMA = 4.0
@@ -61,6 +62,7 @@ class Scorer(nn.Module):
         *,
         coherent: bool = False,
         relative: bool = False,
+        unaligned: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
@@ -75,14 +77,22 @@ class Scorer(nn.Module):
                 The scores are those of the paper's smooth map either way.
             relative (bool): What distances mean depends on the image, see :mod:`anomalib_cpr.relative`; in the paper
                 they count as they are.
+            unaligned (bool): Several references and the plainer scale count, see :mod:`anomalib_cpr.unaligned`; in the
+                paper the nearest reference and the mean of the scales. Each scale is then relative by itself.
 
         Returns:
             tuple[Tensor, Tensor]: Map of ``(batch, 1, height, width)`` and scores of ``(batch,)``, both in 0..1.
         """
         foreground = largest_foreground(foregrounds, size)
-        nearest = fuse([distance.amin(1, keepdim=True) for distance in distances], size)
-        if relative:
-            foreground = foreground * share_that_counts(nearest)
+        if unaligned:
+            several = [distance_to_several(distance) for distance in distances]
+            if relative:
+                several = [distance * share_that_counts(distance * 0.5) for distance in several]
+            nearest = fuse_plainer(several, size)
+        else:
+            nearest = fuse([distance.amin(1, keepdim=True) for distance in distances], size)
+            if relative:
+                foreground = foreground * share_that_counts(nearest)
         anomaly_map = nearest * foreground
         smooth = self.blur(anomaly_map)
         count = max(1, round(self.top_share * size[0] * size[1]))

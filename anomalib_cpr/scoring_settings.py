@@ -14,6 +14,7 @@ PAPER_SETTINGS: dict[str, Any] = {
     "blur_sigma": PAPER_SIGMA,
     "follow_edges": False,
     "coherent_matching": False,
+    "unaligned_matching": False,
     "relative_to_image": False,
 }
 
@@ -51,3 +52,5 @@ def apply_settings(model: CprModel, settings: Mapping[str, Any], given: Containe
         if name not in given:
             value = settings.get(name, papers)
             setattr(model, name, tuple(value) if name == "window_sizes" else value)
+    if model.coherent_matching and model.unaligned_matching:  # they exclude each other, and one of them is given
+        setattr(model, "unaligned_matching" if "coherent_matching" in given else "coherent_matching", False)

@@ -40,6 +40,8 @@ class CprModel(nn.Module):
         blur_sigma (float): Of the Gaussian that smooths the map, in pixels.
         follow_edges (bool): Let the map follow the edges of the image in place of smoothing it. Scores are the same.
         coherent_matching (bool): On the map, neighbouring patches agree on references. Scores are the same.
+        unaligned_matching (bool): Several references and the plainer scale count, for textures and loose parts; with
+            ``coherent_matching=False``.
         relative_to_image (bool): Distances count in proportion to how far the image is from its references as a whole.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
@@ -68,6 +70,7 @@ class CprModel(nn.Module):
         blur_sigma: float = SIGMA,
         follow_edges: bool = True,
         coherent_matching: bool = True,
+        unaligned_matching: bool = False,
         relative_to_image: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -87,6 +90,11 @@ class CprModel(nn.Module):
                 raise ValueError(f"{name}={value}: must be at least {least}.")
         if len(window_sizes) != 2 or any(size < 1 or size % 2 == 0 for size in window_sizes):
             raise ValueError(f"window_sizes={list(window_sizes)}: expected two odd numbers, one per scale.")
+        if coherent_matching and unaligned_matching:
+            raise ValueError(
+                "coherent_matching=True contradicts unaligned_matching=True: the one is for parts that lie alike, the "
+                "other for textures and loose parts; give one of them."
+            )
         if backbone_weights is not None and not pre_trained:
             raise ValueError(
                 f"backbone_weights={str(backbone_weights)!r} contradicts pre_trained=False; give one of them."
@@ -97,6 +105,7 @@ class CprModel(nn.Module):
         self.window_sizes = tuple(window_sizes)
         self.follow_edges = follow_edges
         self.coherent_matching = coherent_matching
+        self.unaligned_matching = unaligned_matching
         self.relative_to_image = relative_to_image
         self.fused_matching = False  # set it to match with a Triton kernel; on a CUDA device only
 
@@ -235,6 +244,7 @@ class CprModel(nn.Module):
             outlined,
             coherent=self.coherent_matching,
             relative=self.relative_to_image,
+            unaligned=self.unaligned_matching,
         )
 
     @torch.no_grad()

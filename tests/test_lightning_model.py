@@ -173,6 +173,7 @@ def test_references_and_windows_are_chosen_by_evidence(
     trainer.fit(model, datamodule=datamodule)
     assert (model.model.k, model.model.window_sizes) == expected
     assert model.model.coherent_matching is given.get("coherent_matching", looks != 3.0), "not for loose parts"
+    assert model.model.unaligned_matching is not model.model.coherent_matching
     assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
@@ -218,17 +219,32 @@ def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine,
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "expected"),
-    [("object", None, True), ("texture", None, False), ("texture", True, True), ("object", False, False)],
+    ("kind", "coherent", "unaligned", "expected"),
+    [
+        ("object", None, None, (True, False)),
+        ("texture", None, None, (False, True)),
+        ("texture", True, None, (True, False)),
+        ("object", False, None, (False, False)),
+        ("object", None, True, (False, True)),
+        ("texture", None, False, (False, False)),
+    ],
 )
-def test_neighbours_agree_on_references_of_objects(
-    kind, given, expected, engine, tiny_model, tiny_datamodule, tmp_path
+def test_objects_are_matched_coherently_and_textures_as_unaligned(
+    kind, coherent, unaligned, expected, engine, tiny_model, tiny_datamodule, tmp_path
 ):
-    model = tiny_model(kind=kind, coherent_matching=given)
+    model = tiny_model(kind=kind, coherent_matching=coherent, unaligned_matching=unaligned)
     engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
-    assert model.model.coherent_matching is expected
+    assert (model.model.coherent_matching, model.model.unaligned_matching) == expected
     (checkpoint,) = tmp_path.rglob("model.ckpt")
-    assert Cpr.load_from_checkpoint(checkpoint, coherent_matching=None).model.coherent_matching is expected
+    loaded = Cpr.load_from_checkpoint(checkpoint)
+    assert (loaded.model.coherent_matching, loaded.model.unaligned_matching) == expected
+    overruled = Cpr.load_from_checkpoint(checkpoint, unaligned_matching=True, coherent_matching=None)
+    assert (overruled.model.coherent_matching, overruled.model.unaligned_matching) == (False, True)
+
+
+def test_parts_cannot_be_both_aligned_and_not(tiny_model):
+    with pytest.raises(ValueError, match="coherent_matching=True contradicts unaligned_matching=True"):
+        tiny_model(coherent_matching=True, unaligned_matching=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def test_values_are_those_of_the_authors_code():
         "blur_sigma": 4.0,
         "follow_edges": False,
         "coherent_matching": False,
+        "unaligned_matching": False,
         "relative_to_image": False,
         "codebook_size": 12,
         "blocks": 5,

@@ -10,7 +10,8 @@ OTHERS = {
     "window_sizes": [5, 999],
     "blur_sigma": 3.0,
     "follow_edges": True,
-    "coherent_matching": True,
+    "coherent_matching": False,
+    "unaligned_matching": True,
     "relative_to_image": True,
 }
 
@@ -35,6 +36,16 @@ def test_a_checkpoint_that_says_nothing_scores_as_the_paper(model):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_was_given_stays(model, name):
+    model.coherent_matching = False
     before = settings_of(model)
     apply_settings(model, OTHERS, given={name})
     assert settings_of(model) == {**OTHERS, name: before[name]}
+
+
+@pytest.mark.parametrize("given", ["coherent_matching", "unaligned_matching"])
+@pytest.mark.parametrize("read", ["coherent_matching", "unaligned_matching"])
+def test_what_was_given_excludes_what_is_read(model, given, read):
+    model.coherent_matching, model.unaligned_matching = given == "coherent_matching", given == "unaligned_matching"
+    apply_settings(model, {read: True}, given={given})
+    assert getattr(model, given)
+    assert model.coherent_matching != model.unaligned_matching

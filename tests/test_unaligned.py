@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cpr.relative import lower_the_rest
+from anomalib_cpr.scoring import Scorer
+from anomalib_cpr.unaligned import distance_to_several, fuse_plainer
+
+
+def slow_unaligned(distances, size, relative):
+    """In numpy: distances (k, height_i, width_i) of two scales, of one image."""
+    scales = []
+    for scale in distances:
+        mean = np.sort(scale, axis=0)[:5].mean(0)
+        halved = mean / 2
+        factor = 1 / np.sqrt(1 + halved.mean() / 0.01) if relative else 1
+        cells = torch.from_numpy(halved * factor)[None, None]
+        scales.append(F.interpolate(cells, distances[0].shape[-2:], mode="bilinear").numpy())
+    fused = ((scales[0] ** 4 + scales[1] ** 4) / 2) ** 0.25
+    return F.interpolate(torch.from_numpy(fused), size, mode="bilinear")
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("k", [1, 4, 5, 12])
+@pytest.mark.parametrize("layout", ["references first", "references last"])
+def test_map_and_score(k, relative, layout):
+    generator = torch.Generator().manual_seed(0)
+    height, width = size = (64, 80)
+    distances = [0.6 * torch.rand(2, k, height // stride, width // stride, generator=generator) for stride in (4, 8)]
+    foregrounds = torch.rand(2, 3, height // 4, width // 4, generator=generator)
+    given = distances
+    if layout == "references last":  # as they lie in memory after matching on a CPU
+        given = [one.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for one in distances]
+    scorer = Scorer()
+    anomaly_map, score = scorer(given, foregrounds, size, relative=relative, unaligned=True)
+    images = [[scale[image].double().numpy() for scale in distances] for image in range(2)]
+    fused = torch.cat([slow_unaligned(image, size, relative) for image in images]).float()
+    largest = F.interpolate(foregrounds, size, mode="bilinear").amax(1, keepdim=True)
+    expected = scorer.blur(fused * largest)
+    hottest = expected.flatten(1).sort(descending=True).values[:, : round(512 / 320**2 * height * width)]
+    torch.testing.assert_close(score, hottest.mean(1), atol=1e-5, rtol=0)
+    if relative:
+        expected = lower_the_rest(expected)
+    torch.testing.assert_close(anomaly_map, expected, atol=1e-5, rtol=0)
+
+
+def test_one_near_reference_among_many_does_not_clear_a_patch():
+    distances = torch.full((1, 20, 4, 4), 0.4)
+    distances[:, 7, 2, 2] = 0.0
+    assert distance_to_several(distances)[0, 0, 2, 2] == pytest.approx(0.32)
+    distances[:, 3:8, 2, 2] = 0.0
+    assert distance_to_several(distances)[0, 0, 2, 2] == 0
+
+
+@pytest.mark.parametrize("seen_by", [0, 1])
+def test_a_defect_that_one_scale_sees_is_more_than_the_mean(seen_by):
+    scales = [torch.full((1, 1, 8, 8), 0.1), torch.full((1, 1, 4, 4), 0.1)]
+    scales[seen_by] = torch.full_like(scales[seen_by], 0.5)
+    fused = fuse_plainer(scales, (32, 32))
+    expected = ((0.25**4 + 0.05**4) / 2) ** 0.25
+    assert 0.2 < expected < 0.25, "the mean is 0.15"
+    torch.testing.assert_close(fused, torch.full_like(fused, expected))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 0.0), (1e-4, 0.5e-4), (2.0, 1.0)])
+def test_equal_scales_keep_their_value(value, expected):
+    scales = [torch.full((1, 1, 8, 8), value), torch.full((1, 1, 4, 4), value)]
+    torch.testing.assert_close(fuse_plainer(scales, (32, 32)), torch.full((1, 1, 32, 32), expected), atol=0, rtol=1e-5)
+
+
+def test_the_order_of_references_and_the_batch_change_nothing():
+    distances = torch.rand(4, 9, 12, 12, generator=torch.Generator().manual_seed(2))
+    whole = distance_to_several(distances)
+    torch.testing.assert_close(distance_to_several(distances.flip(1)), whole)
+    assert torch.equal(torch.cat([distance_to_several(one) for one in distances.split(1)]), whole)
