@@ -55,6 +55,14 @@ def files(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def unaligned(checkpoint, tmp_path_factory):
+    """A model that matches as textures are matched, and its exported files."""
+    folder = tmp_path_factory.mktemp("unaligned")
+    model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, unaligned_matching=True, k=6)
+    return model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
+
+
+@pytest.fixture(scope="module")
 def image_paths(mvtec_root):
     return sorted((mvtec_root / "screw" / "test").rglob("*.png"), reverse=True)  # defects first
 
@@ -92,6 +100,16 @@ def images_of(paths, count, size):
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_any_batch_and_any_size(model, files, image_paths, form, batch, size):
     assert_like(model, files[form], images_of(image_paths, batch, size))
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize(("batch", "size"), [(1, (64, 64)), (5, (50, 70))])
+def test_textures(model, unaligned, image_paths, form, batch, size):
+    matched, files = unaligned
+    images = images_of(image_paths, batch, size)
+    assert_like(matched, files[form], images)
+    assert matched.model.unaligned_matching
+    assert not torch.allclose(matched(images).anomaly_map, model(images).anomaly_map, atol=1e-2)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -201,11 +219,13 @@ def test_failed_export_leaves_the_model_as_it_was(model, tmp_path):
     assert model.model.metric_heads[0][0].weight.requires_grad
 
 
-def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files):
+@pytest.mark.parametrize("matching", ["aligned", "unaligned"])
+def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files, unaligned, matching):
     core = ov.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
-    compiled = core.compile_model(files["openvino"], "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    path = {"aligned": files, "unaligned": unaligned[1]}[matching]["openvino"]
+    compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     rounded = [
         operation.get_friendly_name()
         for operation in compiled.get_runtime_model().get_ops()
@@ -214,12 +234,16 @@ def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files)
     assert rounded == []
 
 
-def test_openvino_finds_nothing_to_rewrite(files):
+@pytest.mark.parametrize("matching", ["aligned", "unaligned"])
+def test_openvino_finds_nothing_to_rewrite(files, unaligned, matching):
     """What its CPU plugin rewrites, it may compute in bfloat16, where the CPU has that; seen on any CPU."""
-    operations = ov.Core().read_model(files["openvino"]).get_ops()
+    path = {"aligned": files, "unaligned": unaligned[1]}[matching]["openvino"]
+    operations = ov.Core().read_model(path).get_ops()
     assert {op.get_type_name() for op in operations}.isdisjoint({"Divide", "Subtract", "Unsqueeze"})
     versions = {op.get_type_name(): op.get_type_info().version_id for op in operations}
-    executed = {"Pad": "opset1", "MaxPool": "opset1", "Softmax": "opset1", "Interpolate": "opset4"}
+    executed = {"Pad": "opset1", "MaxPool": "opset1", "Interpolate": "opset4"}
+    if matching == "aligned":
+        executed["Softmax"] = "opset1"
     assert {name: versions[name] for name in executed} == executed
 
 
