@@ -33,6 +33,7 @@ from anomalib_cpr.matching import match
 from anomalib_cpr.outline import follow_edges
 from anomalib_cpr.relative import lower_the_rest
 from anomalib_cpr.scoring import fuse
+from anomalib_cpr.unaligned import fuse_plainer
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,22 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     assert 0.1 < share == again < 1
     outlined = follow_edges(share * (drawn * foreground_in_use(found))[None, None], query[1])
     torch.testing.assert_close(lower_the_rest(outlined)[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_explanation_of_unaligned_matching(run, query, relative):
+    model = load(run[2], torch.device("cpu")).model
+    model.coherent_matching, model.unaligned_matching, model.relative_to_image = False, True, relative
+    found = explain(model, query[1])
+    means = [match.per_reference.topk(3, dim=0, largest=False).values.mean(0) for match in found.matches]
+    for shown, mean in zip(found.distances, means, strict=True):
+        torch.testing.assert_close(shown, mean)
+    scales = [share * distance[None, None] for share, distance in zip(found.shares, found.distances, strict=True)]
+    outlined = follow_edges(fuse_plainer(scales, query[1].shape[-2:]) * foreground_in_use(found), query[1])
+    expected = lower_the_rest(outlined) if relative else outlined
+    torch.testing.assert_close(expected[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
+    assert (found.shares == [1, 1]) is not relative
+    assert len(set(found.shares)) == 1 + relative, "each scale has its own"
 
 
 def test_references_are_in_order_with_the_distances_of_retrieval(run, query):
