@@ -212,9 +212,9 @@ class Preparation(LightningModule):
 
     def _decide_on_alignment(self, *, aligned: bool) -> None:
         """Coherent matching for what is aligned, unaligned matching for what is not, unless the user says otherwise."""
-        given, model = self._given_settings, self.model
+        given, model = self._given_settings, self.model  # what was not given is that of every new training
         if "coherent_matching" not in given:
-            model.coherent_matching = aligned and not (model.unaligned_matching and "unaligned_matching" in given)
+            model.coherent_matching = aligned and not model.unaligned_matching
         if "unaligned_matching" not in given:
             model.unaligned_matching = not aligned and not model.coherent_matching
 
