@@ -212,6 +212,7 @@ def in_a_file(bank: ReferenceBank, gallery: Tensor, path: Path) -> ReferenceBank
     """
     blocks, words = round(gallery.shape[1] ** 0.5), gallery.shape[2]
     large = ReferenceBank(bank.channels, words, blocks, cast("BankDtype", bank.bank_dtype), file=path)
+    large.averaged = bank.averaged
     large.histograms = gallery
     large.foregrounds = bank.foregrounds[torch.arange(len(gallery)) % len(bank)]
     large.allocate(len(gallery), [(held.shape[-2], held.shape[-1]) for held in bank.descriptors])

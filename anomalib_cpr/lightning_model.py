@@ -71,6 +71,9 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             scale that shows more of a defect counts more. None means yes for textures and loose parts, no for other
             objects, and what its training had for a checkpoint; the paper takes the nearest reference and the mean of
             the scales. Excludes ``coherent_matching``.
+        averaged_descriptors (bool | None): Descriptors of stride 8 are averaged over 3x3 cells, after which a patch
+            tells what is around it rather than what is just there. None means yes for loose parts and no for all
+            others, as in the paper. A checkpoint keeps what its training had.
         relative_to_image (bool | None): Distances count in proportion to how far the image is from its references as a
             whole, background included, so that another lamp is no anomaly. None means yes in a training, and what its
             training had for a checkpoint; the paper's count as they are.
@@ -160,6 +163,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         follow_edges: bool | None = None,
         coherent_matching: bool | None = None,
         unaligned_matching: bool | None = None,
+        averaged_descriptors: bool | None = None,
         relative_to_image: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -216,6 +220,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             "follow_edges": follow_edges,
             "coherent_matching": coherent_matching,
             "unaligned_matching": unaligned_matching,
+            "averaged_descriptors": averaged_descriptors,
             "relative_to_image": relative_to_image,
         }
         given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}

@@ -85,9 +85,7 @@ class MetricHead(nn.Sequential):
         Returns:
             Tensor: Descriptors of shape ``(batch, descriptor_channels, height, width)``, float32.
         """
-        descriptors = (self(features) if self.training else self._folded(features)).float()
-        # Not F.normalize: OpenVINO rewrites its division, and forgets on the way that it may not be rounded.
-        return descriptors * descriptors.square().sum(1, keepdim=True).clamp(min=1e-16).pow(-0.5)
+        return to_unit_length((self(features) if self.training else self._folded(features)).float())
 
     def _folded(self, features: Tensor) -> Tensor:
         """The layers with fixed batch normalisation, in half the time.
@@ -158,6 +156,19 @@ class MetricHead(nn.Sequential):
         hidden = torch.cat([read_cells(branch, cells, weights) for branch in branches], 1)
         weight, bias = last.weight.flatten(1), cast("Tensor", last.bias)[:, None]
         return torch.matmul(weight, hidden) + bias * weights.sum(-1)[:, None]
+
+
+def to_unit_length(descriptors: Tensor) -> Tensor:
+    """Divide descriptors by their length.
+
+    Args:
+        descriptors (Tensor): Of shape ``(batch, channels, height, width)``.
+
+    Returns:
+        Tensor: Unit vectors, or next to nothing where there was next to nothing.
+    """
+    # Not F.normalize: OpenVINO rewrites its division, and forgets on the way that it may not be rounded.
+    return descriptors * descriptors.square().sum(1, keepdim=True).clamp(min=1e-16).pow(-0.5)
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ BankDtype = Literal["float32", "float16", "int8", "int4"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
 PARTS = ("descriptors_1", "descriptors_2", "scales_1", "scales_2")
 KEY = "file_key"  # by which a checkpoint recognises the file of its descriptors
+AVERAGED = "averaged"  # in a checkpoint whose coarse descriptors are averaged, see averaged_descriptors of the model
 _BLOCK = 16  # images that are converted at a time, so that a conversion needs no second bank
 
 
@@ -45,6 +46,9 @@ class ReferenceBank(nn.Module):
         on_host (bool): Leave the descriptors in main memory when the model moves to a device.
         file (str | Path | None): Keep the descriptors in this file, mapped into memory, and out of checkpoints; for
             banks that outgrow memory. A checkpoint then holds the key of the file that belongs to it.
+
+    Attributes:
+        averaged (bool): Coarse descriptors are averaged over neighbouring cells, so queries' must be as well.
 
     Raises:
         ValueError: If a value is out of range.
@@ -79,6 +83,7 @@ class ReferenceBank(nn.Module):
         self.max_references = max_references
         self.file = None if file is None else Path(file)
         self.on_host = on_host or file is not None
+        self.averaged = False
         self._roots: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histograms", torch.zeros(0, blocks * blocks, codebook_size))
         self.register_buffer("foregrounds", torch.zeros(0, 1, 0, 0))
@@ -306,6 +311,11 @@ class ReferenceBank(nn.Module):
                 f"built from images of {4 * own[0]}x{4 * own[1]} pixels. Use the size of the training."
             )
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.averaged:
+            destination[prefix + AVERAGED] = torch.tensor(True)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         """Take over a checkpoint, after checking that its parts fit each other and the configuration."""
         incoming = {
@@ -321,6 +331,7 @@ class ReferenceBank(nn.Module):
             errors.append(f"The checkpoint's reference bank does not fit the configuration: {problem}")
             return
         state_dict = dict(state_dict)
+        self.averaged = bool(state_dict.pop(prefix + AVERAGED, False))
         if key:
             self._hold({name: incoming[name] for name in self._per_descriptor})
         elif "descriptors_1" in incoming:

@@ -18,6 +18,7 @@ from .metric_head import MetricHead
 from .quantisation import is_traced
 from .reference_bank import BankDtype, ReferenceBank
 from .scoring import SIGMA, Scorer
+from .unaligned import average_neighbours
 
 BEYOND_ANY_COLOUR = 1e4  # sum of the channels of a normalised pixel; with 255 in place of 1 it is about 3,000
 
@@ -42,6 +43,8 @@ class CprModel(nn.Module):
         coherent_matching (bool): On the map, neighbouring patches agree on references. Scores are the same.
         unaligned_matching (bool): Several references and the plainer scale count, for textures and loose parts; with
             ``coherent_matching=False``.
+        averaged_descriptors (bool): Those of stride 8 are averaged over neighbouring cells, for loose parts. A bank
+            that is loaded brings its own value.
         relative_to_image (bool): Distances count in proportion to how far the image is from its references as a whole.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
@@ -71,6 +74,7 @@ class CprModel(nn.Module):
         follow_edges: bool = True,
         coherent_matching: bool = True,
         unaligned_matching: bool = False,
+        averaged_descriptors: bool = False,
         relative_to_image: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -119,6 +123,7 @@ class CprModel(nn.Module):
         self.bank = ReferenceBank(
             descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host, bank_file
         )
+        self.averaged_descriptors = averaged_descriptors
 
     def load_backbone_weights(self) -> str:
         """Load the backbone's weights, unless a checkpoint has brought them.
@@ -178,6 +183,20 @@ class CprModel(nn.Module):
         self.scorer = Scorer(self.scorer.top_share, sigma).to(self.scorer.kernel.device)
 
     @property
+    def averaged_descriptors(self) -> bool:
+        """Whether descriptors of stride 8 are averaged: those of queries as those of the bank are."""
+        return self.bank.averaged
+
+    @averaged_descriptors.setter
+    def averaged_descriptors(self, averaged: bool) -> None:
+        if averaged != self.bank.averaged and len(self.bank):
+            raise ValueError(
+                f"averaged_descriptors={averaged}: the descriptors in the bank are {'' if not averaged else 'not '}"
+                "averaged, and stay so. Train anew."
+            )
+        self.bank.averaged = averaged
+
+    @property
     def heads(self) -> list[MetricHead]:
         """The metric heads, finest scale first."""
         return [cast("MetricHead", head) for head in self.metric_heads]
@@ -191,7 +210,8 @@ class CprModel(nn.Module):
         Returns:
             list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32.
         """
-        return [head.describe(scale) for head, scale in zip(self.heads, features, strict=True)]
+        fine, coarse = (head.describe(scale) for head, scale in zip(self.heads, features, strict=True))
+        return [fine, average_neighbours(coarse) if self.averaged_descriptors else coarse]
 
     def retrieve(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The most similar training images, and where the object is on the query and on each of them.

@@ -56,9 +56,10 @@ def files(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unaligned(checkpoint, tmp_path_factory):
-    """A model that matches as textures are matched, and its exported files."""
+    """A model that matches as loose parts are matched, and its exported files."""
     folder = tmp_path_factory.mktemp("unaligned")
     model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, unaligned_matching=True, k=6)
+    model.model.bank.averaged = True  # a training would average those of the bank as well
     return model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
 
 
@@ -104,7 +105,7 @@ def test_any_batch_and_any_size(model, files, image_paths, form, batch, size):
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 @pytest.mark.parametrize(("batch", "size"), [(1, (64, 64)), (5, (50, 70))])
-def test_textures(model, unaligned, image_paths, form, batch, size):
+def test_textures_and_loose_parts(model, unaligned, image_paths, form, batch, size):
     matched, files = unaligned
     images = images_of(image_paths, batch, size)
     assert_like(matched, files[form], images)

@@ -38,6 +38,18 @@ def test_survives_a_state_dict():
     assert len(other) == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_that_descriptors_are_averaged_survives_a_state_dict(tmp_path, dtype, in_a_file):
+    paths = [tmp_path / "bank", tmp_path / "bank"] if in_a_file else [None, None]
+    bank, other = filled(dtype=dtype, file=paths[0]), ReferenceBank(4, 6, 2, dtype, file=paths[1])
+    for averaged in (True, False):
+        bank.averaged = averaged
+        other.load_state_dict(bank.state_dict())
+        assert other.averaged is averaged
+        assert len(other) == 3
+
+
 def test_loading_replaces_a_bank_of_another_size():
     bank = filled(count=5, cells=((8, 8), (4, 4)))
     bank.load_state_dict(filled(count=2).state_dict())

@@ -98,6 +98,24 @@ def _blur(image):
     return F.conv2d(F.pad(image, [8] * 4, mode="reflect"), (kernel / kernel.sum())[None, None])
 
 
+def test_averaged_descriptors_of_queries_and_bank(images):
+    model, plain = make_model(images, averaged_descriptors=True), make_model(images)
+    features = model.feature_extractor(images)
+    fine, coarse = plain.describe(features)
+    mean = F.avg_pool2d(coarse, 3, 1, 1, count_include_pad=False)
+    for found in (model.describe(features), model.bank.descriptors):
+        torch.testing.assert_close(found[0], fine, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[1], F.normalize(mean, dim=1), atol=1e-5, rtol=0)
+    assert model(images).pred_score.max() < 1e-5, "known images are normal"
+    with pytest.raises(ValueError, match="averaged_descriptors=False: the descriptors in the bank are averaged"):
+        model.averaged_descriptors = False
+    with pytest.raises(ValueError, match="averaged_descriptors=True: the descriptors in the bank are not averaged"):
+        plain.averaged_descriptors = True
+    model.averaged_descriptors = True
+    model.bank.clear()
+    model.averaged_descriptors = False
+
+
 def test_known_images_are_normal(images):
     model = make_model(images)
     with torch.no_grad():

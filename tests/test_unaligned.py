@@ -5,7 +5,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr.relative import lower_the_rest
 from anomalib_cpr.scoring import Scorer
-from anomalib_cpr.unaligned import distance_to_several, fuse_plainer
+from anomalib_cpr.unaligned import average_neighbours, distance_to_several, fuse_plainer
 
 
 def slow_unaligned(distances, size, relative):
@@ -19,6 +19,24 @@ def slow_unaligned(distances, size, relative):
         scales.append(F.interpolate(cells, distances[0].shape[-2:], mode="bilinear").numpy())
     fused = ((scales[0] ** 4 + scales[1] ** 4) / 2) ** 0.25
     return F.interpolate(torch.from_numpy(fused), size, mode="bilinear")
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 4), (1, 1)])
+def test_neighbours_are_averaged(size):
+    given = F.normalize(torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(1)), dim=1)
+    expected = np.zeros(given.shape)
+    for image, descriptors in enumerate(given.double().numpy()):
+        for row, column in np.ndindex(size):
+            around = descriptors[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+            total = around.sum((1, 2))
+            expected[image, :, row, column] = total / np.linalg.norm(total)
+    np.testing.assert_allclose(average_neighbours(given).numpy(), expected, atol=1e-6)
+
+
+def test_neighbours_that_cancel_out_are_no_direction():
+    given = torch.zeros(1, 2, 1, 2)
+    given[0, 0] = torch.tensor([1.0, -1.0])
+    assert torch.equal(average_neighbours(given), torch.zeros(1, 2, 1, 2))
 
 
 @pytest.mark.parametrize("relative", [True, False])
