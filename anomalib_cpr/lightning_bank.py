@@ -2,7 +2,7 @@
 """The reference bank in a fit: when it is built, how it is matched with, and its way into checkpoints and back."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,14 @@ from .matching_choice import (
     candidates,
     choose,
     compare_matchings,
+    is_anywhere,
+    is_clearly_better,
+    more_anywhere,
 )
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
 from .ranks import exchange
-from .reference_bank import key_of_file
+from .reference_bank import AVERAGED, key_of_file
 from .scoring_settings import apply_settings, settings_of
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .training import TrainingData
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
 # up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
-# up to 7 distances were absolute, and outlines knew nothing of the largest value of the image.
-CHECKPOINT_FORMAT = 8
+# up to 7 distances were absolute, and outlines knew nothing of the largest value of the image; up to 8 descriptors were
+# not averaged.
+CHECKPOINT_FORMAT = 9
 
 
 class BankInCheckpoints(Preparation):
@@ -117,20 +121,16 @@ class BankInCheckpoints(Preparation):
         )
         self._match_as(usual)
         available = len(in_bank) - data.images.copies  # an image is no reference of itself
-        whole_map = self._loose and "window_sizes" not in self._given_settings
-        options = candidates(usual, available, more_references="k" not in self._given_settings, whole_map=whole_map)
+        more = "k" not in self._given_settings
+        whole_map = self._maybe_loose and "window_sizes" not in self._given_settings
+        options = candidates(usual, available, more_references=more, whole_map=whole_map)
         if len(options) == 1 or available < ENOUGH_IMAGES or self._synthesise is None:
             return
-        structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
-        weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
-        generator = step_generator(int(self.seed or 0), 0, 0, 0)
-        track = self._track("References", min(ASKED_IMAGES, len(data.images)))
-        with stage("References"):
-            found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
-        if not alone:  # ranks may differ in the last bits, and must match alike
-            found = self.trainer.strategy.broadcast(found)
+        found = self._compare_matchings(data, in_bank, options, alone=alone)
         if not found:
             return
+        if more and whole_map and is_clearly_better(options[-1], found):
+            found |= self._compare_matchings(data, in_bank, more_anywhere(options[-1], available), alone=alone)
         chosen = choose(found)
         self._match_as(chosen)
         others = "; ".join(f"{matching}: {value:.2f}" for matching, value in found.items() if matching != chosen)
@@ -140,8 +140,24 @@ class BankInCheckpoints(Preparation):
             "window_sizes."
         )
 
+    def _compare_matchings(
+        self, data: TrainingData, in_bank: Tensor, options: Sequence[Matching], *, alone: bool
+    ) -> dict[Matching, float]:
+        """Contrast of weak anomalies, the same ones in each call."""
+        assert self._synthesise is not None  # noqa: S101 - narrows the type
+        structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
+        weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
+        generator = step_generator(int(self.seed or 0), 0, 0, 0)
+        track = self._track("References", min(ASKED_IMAGES, len(data.images)))
+        with stage("References"):
+            found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
+        # Ranks may differ in the last bits, and must match alike.
+        return found if alone else self.trainer.strategy.broadcast(found)
+
     def _match_as(self, matching: Matching) -> None:
         self.model.k, self.model.window_sizes = matching
+        if "coherent_matching" not in self._given_settings:  # of what lies anywhere, neighbours share no reference
+            self.model.coherent_matching = self._coherent_in_windows and not is_anywhere(matching)
 
     # --- checkpoints
 
@@ -252,6 +268,12 @@ class BankInCheckpoints(Preparation):
     def _misfit_of_bank(self, state: Mapping[str, Any]) -> str | None:
         """What the bank is going to refuse, asked before anything is copied."""
         parts = {name.removeprefix(BANK): value for name, value in state.items() if name.startswith(BANK)}
+        averaged = bool(parts.pop(AVERAGED, False))
+        if "averaged_descriptors" in self._given_settings and averaged != self.model.averaged_descriptors:
+            return (
+                f"it was made with averaged_descriptors={averaged}, which a bank keeps. Leave that argument out, "
+                "or train anew."
+            )
         return self.model.bank.misfit(key_of_file(parts.pop(FILE_KEY, None)), parts)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .alignment import LOOSE_ABOVE, looseness, spread, surveyed
+from .alignment import LOOSE_ABOVE, MAYBE_LOOSE_ABOVE, looseness, spread, surveyed
 from .durable_checkpoint import save_checkpoints_durably
 from .feature_extractor import STRIDES
 from .kinds import DEFAULT_STEPS, PAPER_STEPS, Kind, kind_from_features, known_kind
@@ -66,7 +66,8 @@ class Preparation(LightningModule):
     training_paths: list[str]
     held_out: list[str]
     nothing_was_run = False
-    _loose = False
+    _looseness = 1.0
+    _coherent_in_windows = False
     _trained_on: int | None = None
     # What lives as long as the fit.
     _known: tuple[Tensor, Tensor] | None = None
@@ -201,9 +202,10 @@ class Preparation(LightningModule):
             images, neighbours.cpu(), self.resolved_kind, self._describe_known(images), self.eight_bit_training
         )
         # Ranks may differ in the last bits, and must decide alike.
-        self._loose = self.trainer.strategy.broadcast(self._looks_loose(images, neighbours.cpu()))
+        self._looseness = self.trainer.strategy.broadcast(self._survey_looseness(images, neighbours.cpu()))
         if not resumed:
             self._decide_on_alignment(aligned=self.resolved_kind == "object" and not self._loose)
+        self._coherent_in_windows = self.model.coherent_matching
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture
         synthesise.recoloured, synthesise.displaced = self._shares_of_the_image_itself()
@@ -211,12 +213,17 @@ class Preparation(LightningModule):
         self._say_what_it_takes(images)
 
     def _decide_on_alignment(self, *, aligned: bool) -> None:
-        """Coherent matching for what is aligned, unaligned matching for what is not, unless the user says otherwise."""
+        """Coherent matching for what is aligned, unaligned for what is not, averages for what is loose.
+
+        Unless the user says otherwise.
+        """
         given, model = self._given_settings, self.model  # what was not given is that of every new training
         if "coherent_matching" not in given:
             model.coherent_matching = aligned and not model.unaligned_matching
         if "unaligned_matching" not in given:
             model.unaligned_matching = not aligned and not model.coherent_matching
+        if "averaged_descriptors" not in given:
+            model.averaged_descriptors = self._loose
 
     def _shares_of_the_image_itself(self) -> tuple[float, float]:
         """Of the synthetic anomalies, those in other colours and those that are moved."""
@@ -315,28 +322,41 @@ class Preparation(LightningModule):
             rank_zero_warn("No foreground was found: border and middle of the images look alike. All of it counts.")
         rank_zero_info(f"Kind: {kind} ({reason}).")
 
-    def _looks_loose(self, images: TrainingImages, neighbours: Tensor) -> bool:
-        """Whether good patches find their match outside of the windows, where something depends on it."""
+    @property
+    def _loose(self) -> bool:
+        """Whether good patches find their match outside of the windows."""
+        return self._looseness > LOOSE_ABOVE
+
+    @property
+    def _maybe_loose(self) -> bool:
+        """Whether they might find a better one there, with trained heads."""
+        return self._looseness > MAYBE_LOOSE_ABOVE
+
+    def _survey_looseness(self, images: TrainingImages, neighbours: Tensor) -> float:
+        """How loose the parts look, where something depends on it; 1 elsewhere, as for aligned parts."""
         if len(images) < ENOUGH_IMAGES or not self.model.pre_trained:
-            return False
+            return 1.0
         given, model = self._given_settings, self.model
         ways = {name: getattr(model, name) for name in ("coherent_matching", "unaligned_matching") if name in given}
         settled = len(ways) == 2 or any(ways.values())  # they exclude each other
-        if settled and "window_sizes" in given and self.recoloured_anomalies is not None:
-            return False
+        if settled and {"window_sizes", "averaged_descriptors"} <= given and self.recoloured_anomalies is not None:
+            return 1.0
         chosen, references = surveyed(neighbours)
         with torch.no_grad():
             value = looseness(
                 [self._coarse_features(images, torch.tensor([image]))[0] for image in chosen],
                 [self._coarse_features(images, others) for others in references],
             )
-        loose = value > LOOSE_ABOVE
-        place = "may lie anywhere (above" if loose else "lie where their references have them (up to"
+        place = f"lie where their references have them (up to {MAYBE_LOOSE_ABOVE:g})"
+        if value > MAYBE_LOOSE_ABOVE:
+            place = f"may lie anywhere, which the trained heads will tell ({MAYBE_LOOSE_ABOVE:g} to {LOOSE_ABOVE:g})"
+        if value > LOOSE_ABOVE:
+            place = f"lie anywhere (above {LOOSE_ABOVE:g})"
         rank_zero_info(
             f"Good patches are {value:.2f} times as far from their best match within a tenth of the image as from that "
-            f"of anywhere: parts {place} {LOOSE_ABOVE:g})."
+            f"of anywhere: parts {place}."
         )
-        return loose
+        return value
 
     def _coarse_features(self, images: TrainingImages, chosen: Tensor) -> Tensor:
         return self.model.feature_extractor(images.normalize(images.take(chosen, self.device)))[1]

@@ -30,8 +30,8 @@ MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that 
 # 24 images) and 1.5 to 1.8 times on a turned gear; where they do not help, 1.13 (bracket), 1.08 to 1.23 (fabric) and
 # 1.06 to 1.10 times (MVTec AD screw), see results/references.json.
 CLEARLY_BETTER = 1.25
-
-
+# The whole map takes as long with each of them as a window does with a hundred.
+MOST_ANYWHERE = 40
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
 
@@ -48,9 +48,7 @@ class Matching(NamedTuple):
 
     def __str__(self) -> str:
         """Say it in words."""
-        where = (
-            "over the whole map" if min(self.window_sizes) >= WHOLE_MAP else f"in windows of {list(self.window_sizes)}"
-        )
+        where = "over the whole map" if is_anywhere(self) else f"in windows of {list(self.window_sizes)}"
         return f"{self.k} references {where}"
 
 
@@ -89,6 +87,48 @@ def candidates(usual: Matching, available: int, *, more_references: bool, whole_
     return [*found, Matching(usual.k, (WHOLE_MAP, WHOLE_MAP))] if whole_map else found
 
 
+def more_anywhere(whole_map: Matching, available: int) -> list[Matching]:
+    """Twice as many references over the whole map, again and again, up to 40 or all.
+
+    Args:
+        whole_map (Matching): What has been asked for.
+        available (int): How many references an image of the training can have.
+
+    Returns:
+        list[Matching]: Without the one that has been asked for.
+    """
+    found, most = [whole_map], min(available, MOST_ANYWHERE)
+    while found[-1].k < most:
+        found.append(Matching(min(2 * found[-1].k, most), whole_map.window_sizes))
+    return found[1:]
+
+
+def is_anywhere(matching: Matching) -> bool:
+    """Whether patches are searched for over the whole map.
+
+    Args:
+        matching (Matching): How patches are matched.
+
+    Returns:
+        bool: False if one of the scales has a window.
+    """
+    return min(matching.window_sizes) >= WHOLE_MAP
+
+
+def is_clearly_better(matching: Matching, contrasts: Mapping[Matching, float]) -> bool:
+    """Whether something is worth leaving the usual matching for.
+
+    Args:
+        matching (Matching): One of them.
+        contrasts (Mapping[Matching, float]): Of all that was asked for, the usual matching first.
+
+    Returns:
+        bool: False for the usual one.
+    """
+    usual = next(iter(contrasts))
+    return contrasts[matching] >= CLEARLY_BETTER * max(contrasts[usual], LEAST_CONTRAST)
+
+
 def choose(contrasts: Mapping[Matching, float]) -> Matching:
     """The one with the highest contrast, if it is clearly better than the usual one.
 
@@ -99,7 +139,7 @@ def choose(contrasts: Mapping[Matching, float]) -> Matching:
         Matching: One of them.
     """
     usual, best = next(iter(contrasts)), max(contrasts, key=lambda one: contrasts[one])
-    return best if contrasts[best] >= CLEARLY_BETTER * max(contrasts[usual], LEAST_CONTRAST) else usual
+    return best if is_clearly_better(best, contrasts) else usual
 
 
 @torch.no_grad()

@@ -114,19 +114,22 @@ def test_turned_copies_join_the_gallery(engine, tiny_model, tiny_datamodule, tmp
     torch.testing.assert_close(pictures[1].colours, pictures[0].colours.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
 
-USUAL, WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999))
+USUAL, WHOLE, ALL_OF_WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999)), Matching(13, (999, 999))
 
 
 @pytest.mark.parametrize(
     ("given", "looks", "values", "expected"),
     [
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4}, WHOLE),
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.3}, Matching(13, (3, 1))),
-        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
-        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
-        ({}, 1.2, None, USUAL),  # no anomaly found a place
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.35}, WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.3, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
+        ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
+        ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
+        ({}, 1.05, None, USUAL),  # no anomaly found a place
         ({"k": 3}, 3.0, {Matching(3, (3, 1)): 1.0, Matching(3, (999, 999)): 2.0}, Matching(3, (999, 999))),
-        ({"k": 3}, 1.2, "not asked", Matching(3, (3, 1))),
+        ({"k": 3}, 1.05, "not asked", Matching(3, (3, 1))),
         (
             {"window_sizes": [5, 3]},
             3.0,
@@ -135,7 +138,13 @@ USUAL, WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999))
         ),
         ({"k": 3, "window_sizes": [5, 3]}, 3.0, "not asked", Matching(3, (5, 3))),
         (
-            {"k": 3, "window_sizes": [5, 3], "coherent_matching": True, "recoloured_anomalies": 0.1},
+            {
+                "k": 3,
+                "window_sizes": [5, 3],
+                "coherent_matching": True,
+                "averaged_descriptors": False,
+                "recoloured_anomalies": 0.1,
+            },
             "not asked",
             "not asked",
             Matching(3, (5, 3)),
@@ -159,8 +168,10 @@ def test_references_and_windows_are_chosen_by_evidence(
         asked.append("compares")
         assert weak.blend == WEAK_OPACITY
         assert len(model.bank) == len(images) == len(in_bank) == 14, "once the heads are trained"
-        assert list(options) == list(values or [USUAL, Matching(13, (3, 1))])
-        return values or {}
+        if options == [ALL_OF_WHOLE]:
+            return {ALL_OF_WHOLE: values[ALL_OF_WHOLE]}
+        assert list(options) == [one for one in values or [USUAL, Matching(13, (3, 1))] if one != ALL_OF_WHOLE]
+        return {option: values[option] for option in options} if values else {}
 
     for module in (lightning_preparation, lightning_bank):
         monkeypatch.setattr(module, "ENOUGH_IMAGES", 6)
@@ -172,16 +183,21 @@ def test_references_and_windows_are_chosen_by_evidence(
     trainer = engine(max_steps=1)
     trainer.fit(model, datamodule=datamodule)
     assert (model.model.k, model.model.window_sizes) == expected
-    assert model.model.coherent_matching is given.get("coherent_matching", looks != 3.0), "not for loose parts"
-    assert model.model.unaligned_matching is not model.model.coherent_matching
-    assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
+    aligned = looks != 3.0 and expected.window_sizes != (999, 999)
+    assert model.model.coherent_matching is given.get("coherent_matching", aligned), "not for loose parts"
+    assert model.model.unaligned_matching is (looks == 3.0)
+    assert model.model.averaged_descriptors is (looks == 3.0), "only of loose parts"
+    compares = 0 if values == "not asked" else 2 if ALL_OF_WHOLE in (values or {}) else 1
+    assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] * compares)]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     assert (loaded.model.k, loaded.model.window_sizes) == expected
+    assert loaded.model.averaged_descriptors is (looks == 3.0)
     other = tiny_model(**{"k": None, **given})
     trainer.test(other, datamodule=datamodule, ckpt_path=str(checkpoint))
     assert (other.model.k, other.model.window_sizes) == expected
+    assert other.model.averaged_descriptors is (looks == 3.0)
     overruled = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, window_sizes=[1, 1], k=4)
     assert (overruled.model.k, overruled.model.window_sizes) == (4, (1, 1))
 
@@ -242,6 +258,28 @@ def test_objects_are_matched_coherently_and_textures_as_unaligned(
     assert (overruled.model.coherent_matching, overruled.model.unaligned_matching) == (False, True)
 
 
+@pytest.mark.parametrize("averaged", [True, False])
+def test_descriptors_are_averaged_as_the_bank_of_a_checkpoint_is(
+    averaged, engine, tiny_model, tiny_datamodule, tmp_path
+):
+    model = tiny_model(averaged_descriptors=averaged)
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    assert model.model.averaged_descriptors is averaged
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    images = torch.rand(2, 3, 64, 64)
+    loaded = Cpr.load_from_checkpoint(checkpoint, averaged_descriptors=None).eval()
+    assert loaded.model.averaged_descriptors is averaged
+    assert torch.equal(loaded.model(images).anomaly_map, model.eval().model(images).anomaly_map)
+    by_state = tiny_model(averaged_descriptors=None)
+    by_state.load_state_dict(model.state_dict())
+    assert by_state.model.averaged_descriptors is averaged
+    message = f"made with averaged_descriptors={averaged}, which a bank keeps"
+    with pytest.raises(RuntimeError, match=message):
+        Cpr.load_from_checkpoint(checkpoint, averaged_descriptors=not averaged)
+    with pytest.raises(RuntimeError, match=message):
+        tiny_model(averaged_descriptors=not averaged).load_state_dict(model.state_dict())
+
+
 def test_parts_cannot_be_both_aligned_and_not(tiny_model):
     with pytest.raises(ValueError, match="coherent_matching=True contradicts unaligned_matching=True"):
         tiny_model(coherent_matching=True, unaligned_matching=True)
@@ -270,7 +308,7 @@ def test_shares_of_recoloured_and_displaced_anomalies(
         def on_train_start(self, trainer, pl_module):
             seen.append((trainer.global_step, pl_module._synthesise.recoloured, pl_module._synthesise.displaced))
 
-    monkeypatch.setattr(Cpr, "_looks_loose", lambda *_: loose)
+    monkeypatch.setattr(Cpr, "_survey_looseness", lambda *_: 3.0 if loose else 1.0)
     monkeypatch.setattr(Cpr, "_decide_on_matching", lambda *_, **__: None)
     model = tiny_model(kind=kind, **given)
     engine(max_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(model, datamodule=tiny_datamodule)

@@ -13,6 +13,9 @@ from anomalib_cpr.matching_choice import (
     choose,
     compare_matchings,
     contrast_of_anomalies,
+    is_anywhere,
+    is_clearly_better,
+    more_anywhere,
 )
 from anomalib_cpr.training_images import TrainingImages, with_turned_copies
 
@@ -66,6 +69,26 @@ def test_candidates(k, available, more, whole, expected):
 )
 def test_choice(contrasts, expected):
     assert choose({Matching(k, WINDOWS): value for k, value in contrasts.items()}) == Matching(expected, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("k", "available", "expected"),
+    [(10, 319, [20, 40]), (10, 30, [20, 30]), (10, 11, [11]), (10, 10, []), (50, 319, []), (3, 5, [5])],
+)
+def test_more_references_over_the_whole_map(k, available, expected):
+    assert more_anywhere(Matching(k, WHOLE), available) == [Matching(one, WHOLE) for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("windows", "anywhere"), [((3, 1), False), ((999, 1), False), ((3, 999), False), ((999, 999), True)]
+)
+def test_what_is_anywhere(windows, anywhere):
+    assert is_anywhere(Matching(10, windows)) is anywhere
+
+
+@pytest.mark.parametrize(("usual", "other", "better"), [(1, 1.25, True), (1, 1.24, False), (0, 0.05, False)])
+def test_what_is_clearly_better(usual, other, better):
+    assert is_clearly_better(Matching(10, WHOLE), {Matching(10, WINDOWS): usual, Matching(10, WHOLE): other}) is better
 
 
 def test_a_matching_in_words():
