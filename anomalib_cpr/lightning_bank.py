@@ -138,6 +138,7 @@ class BankInCheckpoints(Preparation):
             f"Matching with {chosen}: weak synthetic anomalies add {found[chosen]:.2f} times its score to a good image "
             f"({others}; the usual one is left for {CLEARLY_BETTER:g} times its value). Overrule it with k and "
             "window_sizes."
+            + (" The whole map is slow without a GPU, in proportion to k." if is_anywhere(chosen) else "")
         )
 
     def _compare_matchings(

@@ -58,7 +58,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             with parts that come turned or loose. A prediction takes longer with them.
         window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
             whole map, for parts that lie anywhere. None takes the paper's 3 and 1, or the whole map where the training
-            images look like loose parts and it lets weak synthetic anomalies stand out most.
+            images may be of loose parts and it lets weak synthetic anomalies stand out most: slow without a GPU.
         blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2 in a training, and that
             of its training for a checkpoint.
         follow_edges (bool | None): Let the map follow the edges of the image in place of smoothing it, so that defects

@@ -30,7 +30,7 @@ MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that 
 # 24 images) and 1.5 to 1.8 times on a turned gear; where they do not help, 1.13 (bracket), 1.08 to 1.23 (fabric) and
 # 1.06 to 1.10 times (MVTec AD screw), see results/references.json.
 CLEARLY_BETTER = 1.25
-# The whole map takes as long with each of them as a window does with a hundred.
+# The whole map takes about ninety times as long as windows do.
 MOST_ANYWHERE = 40
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
