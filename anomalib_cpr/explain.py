@@ -23,6 +23,7 @@ from .command_arguments import existing_file
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
+from .matching import PIECE
 from .quantisation import restore
 from .relative import share_that_counts
 from .scoring import fuse
@@ -157,6 +158,8 @@ def best_match(query: Tensor, references: Tensor, window: int) -> Match:
     """
     height, width = query.shape[-2:]
     radius = window // 2
+    if radius >= max(height, width) - 1:
+        return _best_match_anywhere(query.float(), references.float())
     shifts = list(product(range(-radius, radius + 1), repeat=2))
     padded = F.pad(references.float(), (radius, radius, radius, radius))
     inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=query.device), (radius,) * 4)
@@ -178,6 +181,27 @@ def best_match(query: Tensor, references: Tensor, window: int) -> Match:
         row=rows + shift[..., 0],
         column=columns + shift[..., 1],
         per_reference=per_reference,
+    )
+
+
+def _best_match_anywhere(query: Tensor, references: Tensor) -> Match:
+    """The same for a window that covers the map from any of its cells, whose shifts would be too many."""
+    height, width = query.shape[-2:]
+    cells = query.flatten(1).T
+    values, places = [], []
+    for reference in references.flatten(2):
+        found = [(some @ reference).max(1) for some in cells.split(PIECE)]
+        values.append(torch.cat([one.values for one in found]))
+        places.append(torch.cat([one.indices for one in found]))
+    similarities = torch.stack(values).unflatten(1, (height, width))
+    best = similarities.max(0)
+    place = torch.stack(places).unflatten(1, (height, width)).gather(0, best.indices[None])[0]
+    return Match(
+        distance=(1 - best.values).clamp(0, 2),
+        reference=best.indices,
+        row=place // width,
+        column=place % width,
+        per_reference=(1 - similarities).clamp(0, 2),
     )
 
 

@@ -68,6 +68,9 @@ def query(run):
         (4, 4, 1, 1),  # no window, one reference
         (2, 6, 5, 2),  # window reaches beyond both sides
         (1, 1, 3, 3),  # a single cell
+        (5, 7, 11, 4),  # all but one column
+        (5, 7, 13, 4),  # just everything
+        (40, 30, 999, 3),  # the whole map, in pieces
     ],
 )
 def test_best_match_is_the_minimum_that_matching_finds_and_lies_where_it_says(height, width, window, k):
