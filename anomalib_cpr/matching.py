@@ -291,6 +291,8 @@ def _match_group(
                 products *= held_factors.as_strided((cells, reach * k), (k, 1), start)
             similarity = products.view(bottom - top, width, reach, k)
             upper, lower = max(top, -row_shift), min(bottom, height - row_shift)
+            if upper >= lower:  # the shift leaves none of these rows on the map
+                continue
             for column_shift in range(-right, right + 1):
                 left, end = max(0, -column_shift), width - max(0, column_shift)
                 target = best[upper:lower, left:end]

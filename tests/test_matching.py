@@ -110,8 +110,9 @@ def test_batch_size_changes_nothing():
     assert torch.equal(whole, single)
 
 
+@pytest.mark.parametrize("window", [3, 11])  # 11: rows of the last thread have nothing five rows below them
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_the_number_of_threads_changes_nothing(threads, monkeypatch):
+def test_the_number_of_threads_changes_nothing(threads, window, monkeypatch):
     generator = torch.Generator().manual_seed(7)
     query = F.normalize(torch.randn(2, 16, 7, 12, generator=generator), dim=1)
     gallery = F.normalize(torch.randn(5, 16, 7, 12, generator=generator), dim=1)
@@ -119,9 +120,9 @@ def test_the_number_of_threads_changes_nothing(threads, monkeypatch):
     results = []
     for count in (1, threads):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        results.append([match(query, gallery, references, 3), match(query, pack(gallery), references, 3)])
+        results.append([match(query, stored, references, window) for stored in (gallery, pack(gallery))])
     assert all(map(torch.equal, *results))
-    assert torch.allclose(results[0][0], slow_match(query, gallery, references, 3), atol=1e-6)
+    assert torch.allclose(results[0][0], slow_match(query, gallery, references, window), atol=1e-6)
 
 
 def test_no_references():
