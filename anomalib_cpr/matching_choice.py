@@ -81,9 +81,7 @@ def candidates(usual: Matching, available: int, *, more_references: bool, whole_
     Returns:
         list[Matching]: The usual one first.
     """
-    found, most = [usual], min(available, MOST_REFERENCES)
-    while more_references and found[-1].k < most:
-        found.append(Matching(min(2 * found[-1].k, most), usual.window_sizes))
+    found = [usual, *(_doubled(usual, min(available, MOST_REFERENCES)) if more_references else [])]
     return [*found, Matching(usual.k, (WHOLE_MAP, WHOLE_MAP))] if whole_map else found
 
 
@@ -97,9 +95,14 @@ def more_anywhere(whole_map: Matching, available: int) -> list[Matching]:
     Returns:
         list[Matching]: Without the one that has been asked for.
     """
-    found, most = [whole_map], min(available, MOST_ANYWHERE)
+    return _doubled(whole_map, min(available, MOST_ANYWHERE))
+
+
+def _doubled(matching: Matching, most: int) -> list[Matching]:
+    """Twice as many references, again and again, up to ``most``."""
+    found = [matching]
     while found[-1].k < most:
-        found.append(Matching(min(2 * found[-1].k, most), whole_map.window_sizes))
+        found.append(matching._replace(k=min(2 * found[-1].k, most)))
     return found[1:]
 
 
