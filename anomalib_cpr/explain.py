@@ -8,7 +8,7 @@ and maps come from the model itself, so what is explained is what is predicted.
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -28,7 +28,7 @@ from .quantisation import restore
 from .relative import share_that_counts
 from .scoring import fuse
 from .torch_model import CprModel
-from .unaligned import distance_to_several
+from .unaligned import ON_THE_WHOLE, ranks_on_the_whole, to_several_references
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,13 @@ def _best_match_anywhere(query: Tensor, references: Tensor) -> Match:
     )
 
 
+def _match_on_the_whole(model: CprModel, query: Tensor, references: Tensor, match: Match) -> Match:
+    """Match of the coarse scale among those references that count there, with distances to all of them."""
+    ranks = ranks_on_the_whole(match.per_reference[None])[0].sort().values
+    found = best_match(query, stored_descriptors(model, 1, references[ranks]), model.window_sizes[1])
+    return replace(found, reference=ranks[found.reference], per_reference=match.per_reference)
+
+
 def peaks(anomaly_map: Tensor, count: int) -> list[tuple[int, int]]:
     """Places where a map is largest, far enough from one another to be told apart.
 
@@ -258,15 +265,18 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     distances = histogram_distance(retriever(features[0]), bank.histograms)[0, references]
     usual = usual_distances(bank.histograms, copies)
 
+    queries = [query[0] for query in model.describe(features)]
     matches = [
-        best_match(query[0], stored_descriptors(model, scale, references), window)
-        for scale, (query, window) in enumerate(zip(model.describe(features), model.window_sizes, strict=True))
+        best_match(query, stored_descriptors(model, scale, references), window)
+        for scale, (query, window) in enumerate(zip(queries, model.window_sizes, strict=True))
     ]
+    if model.unaligned_matching and len(references) > ON_THE_WHOLE:
+        matches[1] = _match_on_the_whole(model, queries[1], references, matches[1])
     shown = [match.distance for match in matches]
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
     elif model.unaligned_matching:
-        shown = [distance_to_several(match.per_reference[None])[0, 0] for match in matches]
+        shown = [distance[0, 0] for distance in to_several_references([one.per_reference[None] for one in matches])]
     shares = [1.0] * len(matches)
     if model.relative_to_image and model.unaligned_matching:
         shares = [float(share_that_counts(distance[None, None] * 0.5)) for distance in shown]

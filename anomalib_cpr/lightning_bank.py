@@ -13,18 +13,21 @@ from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .lightning_preparation import Preparation
 from .matching_choice import (
     ASKED_IMAGES,
-    CLEARLY_BETTER,
+    CLEAR_CONTRAST,
+    CLEAR_SEPARATION,
     ENOUGH_IMAGES,
     SMALL_AREA,
     USUAL_MATCHING,
     WEAK_OPACITY,
+    Evidence,
     Matching,
     candidates,
     choose,
     compare_matchings,
     is_anywhere,
-    is_clearly_better,
+    is_better_by_both,
     more_anywhere,
+    steps_ahead,
 )
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
@@ -34,6 +37,7 @@ from .scoring_settings import apply_settings, settings_of
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .training import TrainingData
 from .training_steps import step_generator
+from .unaligned import ON_THE_WHOLE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,8 +45,8 @@ if TYPE_CHECKING:
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
 # up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
 # up to 7 distances were absolute, and outlines knew nothing of the largest value of the image; up to 8 descriptors were
-# not averaged.
-CHECKPOINT_FORMAT = 9
+# not averaged; up to 9 unaligned matching took all references at the coarse scale.
+CHECKPOINT_FORMAT = 10
 
 
 class BankInCheckpoints(Preparation):
@@ -129,22 +133,23 @@ class BankInCheckpoints(Preparation):
         found = self._compare_matchings(data, in_bank, options, alone=alone)
         if not found:
             return
-        if more and whole_map and is_clearly_better(options[-1], found):
+        if more and whole_map and is_better_by_both(steps_ahead(found[options[-1]], found[usual])):
             found |= self._compare_matchings(data, in_bank, more_anywhere(options[-1], available), alone=alone)
         chosen = choose(found)
         self._match_as(chosen)
-        others = "; ".join(f"{matching}: {value:.2f}" for matching, value in found.items() if matching != chosen)
+        others = "; ".join(f"{matching}: {evidence}" for matching, evidence in found.items() if matching != chosen)
         rank_zero_info(
-            f"Matching with {chosen}: weak synthetic anomalies add {found[chosen]:.2f} times its score to a good image "
-            f"({others}; the usual one is left for {CLEARLY_BETTER:g} times its value). Overrule it with k and "
-            "window_sizes."
+            f"Matching with {chosen}: weak synthetic anomalies add {found[chosen].contrast:.2f} times its score to a "
+            f"good image, which is {found[chosen].separation:.1f} standard deviations of good images ({others}; the "
+            f"usual one is left for {CLEAR_CONTRAST:g} times the former or {CLEAR_SEPARATION:g} times the latter). "
+            "Overrule it with k and window_sizes."
             + (" The whole map is slow without a GPU, in proportion to k." if is_anywhere(chosen) else "")
         )
 
     def _compare_matchings(
         self, data: TrainingData, in_bank: Tensor, options: Sequence[Matching], *, alone: bool
-    ) -> dict[Matching, float]:
-        """Contrast of weak anomalies, the same ones in each call."""
+    ) -> dict[Matching, Evidence]:
+        """Of weak anomalies, the same ones in each call."""
         assert self._synthesise is not None  # noqa: S101 - narrows the type
         structure = self._synthesise.structure_probability  # that of the training: it depends on the kind
         weak = SyntheticAnomalyGenerator(self.anomaly_source_path, 1.0, structure, WEAK_OPACITY, SMALL_AREA)
@@ -204,6 +209,11 @@ class BankInCheckpoints(Preparation):
         # A training that is resumed with known anomalies has just read them.
         self.held_out = own.get("held_out", self.held_out if self._known is not None else [])
         apply_settings(self.model, own, self._given_settings)
+        if own.get("format", 1) < 10 and self.model.unaligned_matching and self.model.k > ON_THE_WHOLE:
+            rank_zero_warn(
+                f"This checkpoint is of a version that took all {self.model.k} references at the coarse scale, where "
+                f"now {ON_THE_WHOLE} count: maps and scores differ, and its thresholds fit them worse. Train anew."
+            )
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:
             self._hold_out(getattr(trainer, "datamodule", None))

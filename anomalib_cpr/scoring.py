@@ -13,7 +13,7 @@ from .coherence import coherent_distance
 from .outline import follow_edges
 from .quantisation import is_traced
 from .relative import lower_the_rest, share_that_counts
-from .unaligned import distance_to_several, fuse_plainer
+from .unaligned import fuse_plainer, to_several_references
 
 TOP_SHARE = 512 / 320**2
 PAPER_SIGMA = 4.0
@@ -85,7 +85,7 @@ class Scorer(nn.Module):
         """
         foreground = largest_foreground(foregrounds, size)
         if unaligned:
-            several = [distance_to_several(distance) for distance in distances]
+            several = to_several_references(distances)
             if relative:
                 several = [distance * share_that_counts(distance * 0.5) for distance in several]
             nearest = fuse_plainer(several, size)

@@ -123,12 +123,19 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     torch.testing.assert_close(lower_the_rest(outlined)[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("on_the_whole", [10, 2])
 @pytest.mark.parametrize("relative", [True, False])
-def test_explanation_of_unaligned_matching(run, query, relative):
+def test_explanation_of_unaligned_matching(run, query, relative, on_the_whole, monkeypatch):
+    for module in ("explain", "unaligned"):
+        monkeypatch.setattr(f"anomalib_cpr.{module}.ON_THE_WHOLE", on_the_whole)
     model = load(run[2], torch.device("cpu")).model
     model.coherent_matching, model.unaligned_matching, model.relative_to_image = False, True, relative
     found = explain(model, query[1])
-    means = [match.per_reference.topk(3, dim=0, largest=False).values.mean(0) for match in found.matches]
+    kept = found.matches[1].per_reference.mean((1, 2)).argsort()[:on_the_whole]
+    means = [found.matches[0].per_reference.mean(0), found.matches[1].per_reference[kept].mean(0)]
+    coarse = found.matches[1]
+    assert set(coarse.reference.unique().tolist()) <= set(kept.tolist()), "the match is among those that count"
+    torch.testing.assert_close(coarse.distance, coarse.per_reference[kept].amin(0), atol=1e-6, rtol=0)
     for shown, mean in zip(found.distances, means, strict=True):
         torch.testing.assert_close(shown, mean)
     scales = [share * distance[None, None] for share, distance in zip(found.shares, found.distances, strict=True)]

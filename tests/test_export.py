@@ -56,11 +56,14 @@ def files(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unaligned(checkpoint, tmp_path_factory):
-    """A model that matches as loose parts are matched, and its exported files."""
+    """A model that matches as loose parts are matched, and its exported files: at stride 8, three of six references."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("anomalib_cpr.unaligned.ON_THE_WHOLE", 3)
     folder = tmp_path_factory.mktemp("unaligned")
     model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, unaligned_matching=True, k=6)
     model.model.bank.averaged = True  # a training would average those of the bank as well
-    return model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
+    yield model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
+    patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from anomalib_cpr import drawing, lightning_bank, lightning_model, lightning_pre
 from anomalib_cpr.drawn_data import DrawnParts
 from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, reference_pictures
 from anomalib_cpr.lightning_model import Cpr
-from anomalib_cpr.matching_choice import WEAK_OPACITY, Matching
+from anomalib_cpr.matching_choice import WEAK_OPACITY, Evidence, Matching
 from anomalib_cpr.metric_head import MetricHead
 from anomalib_cpr.scoring_settings import PAPER_SETTINGS, TRAINING_SETTINGS, settings_of
 from anomalib_cpr.training_steps import learning_rate_factor
@@ -120,11 +120,12 @@ USUAL, WHOLE, ALL_OF_WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999)), Mat
 @pytest.mark.parametrize(
     ("given", "looks", "values", "expected"),
     [
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.35}, WHOLE),
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.4, ALL_OF_WHOLE: 1.35}, WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.6, ALL_OF_WHOLE: 1.9}, ALL_OF_WHOLE),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, Matching(13, (3, 1))),
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
         ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
-        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.3, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.3, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
         ({}, 1.05, None, USUAL),  # no anomaly found a place
@@ -169,9 +170,9 @@ def test_references_and_windows_are_chosen_by_evidence(
         assert weak.blend == WEAK_OPACITY
         assert len(model.bank) == len(images) == len(in_bank) == 14, "once the heads are trained"
         if options == [ALL_OF_WHOLE]:
-            return {ALL_OF_WHOLE: values[ALL_OF_WHOLE]}
+            return {ALL_OF_WHOLE: Evidence(values[ALL_OF_WHOLE], 2 * values[ALL_OF_WHOLE] ** 2)}
         assert list(options) == [one for one in values or [USUAL, Matching(13, (3, 1))] if one != ALL_OF_WHOLE]
-        return {option: values[option] for option in options} if values else {}
+        return {option: Evidence(values[option], 2 * values[option] ** 2) for option in options} if values else {}
 
     for module in (lightning_preparation, lightning_bank):
         monkeypatch.setattr(module, "ENOUGH_IMAGES", 6)

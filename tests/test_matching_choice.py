@@ -1,6 +1,7 @@
 """How many references, in windows or over the whole map: the evidence and the decision."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from test_torch_model import make_model
 
 from anomalib_cpr.matching_choice import (
     ASKED_IMAGES,
+    Evidence,
     Matching,
     candidates,
     choose,
     compare_matchings,
-    contrast_of_anomalies,
+    evidence_of,
     is_anywhere,
-    is_clearly_better,
+    is_better_by_both,
+    is_better_by_either,
     more_anywhere,
+    steps_ahead,
 )
 from anomalib_cpr.training_images import TrainingImages, with_turned_copies
 
@@ -25,15 +29,17 @@ WINDOWS, WHOLE = (3, 1), (999, 999)
 @pytest.mark.parametrize(
     ("good", "anomalous"), [([0.1, 0.2, 0.4], [0.3, 0.2, 0.9]), ([0.5, 0.1], [0.4, 0.1]), ([0.0, 1.0], [0.0, 1.0])]
 )
-def test_contrast(good, anomalous):
-    added = sum(b - a for a, b in zip(good, anomalous, strict=True))
-    assert contrast_of_anomalies(torch.tensor(good), torch.tensor(anomalous)) == pytest.approx(
-        added / sum(good), abs=1e-6
-    )
+def test_evidence(good, anomalous):
+    added = sum(b - a for a, b in zip(good, anomalous, strict=True)) / len(good)
+    found = evidence_of(torch.tensor(good), torch.tensor(anomalous))
+    assert found.contrast == pytest.approx(added / statistics.mean(good), abs=1e-6)
+    assert found.separation == pytest.approx(added / statistics.stdev(good), abs=1e-6)
 
 
-def test_contrast_of_images_that_are_their_references_is_finite():
-    assert math.isfinite(contrast_of_anomalies(torch.zeros(3), torch.full((3,), 0.2)))
+def test_evidence_of_images_that_are_their_references_is_finite():
+    found = evidence_of(torch.zeros(3), torch.full((3,), 0.2))
+    assert math.isfinite(found.contrast)
+    assert math.isfinite(found.separation)
 
 
 @pytest.mark.parametrize(
@@ -55,20 +61,42 @@ def test_candidates(k, available, more, whole, expected):
 
 
 @pytest.mark.parametrize(
-    ("contrasts", "expected"),
+    ("windows", "anywhere", "expected"),
     [
-        ({10: 1.0, 20: 1.5, 40: 1.4}, 20),
-        ({10: 1.0, 20: 1.1, 40: 1.2}, 10),  # not clearly better
-        ({10: 1.0, 20: 1.2, 40: 1.5}, 40),
-        ({10: 2.0, 20: 0.1}, 10),
-        ({10: 0.0, 20: 0.0}, 10),
-        ({10: -0.1, 20: -0.2}, 10),
-        ({10: -0.1, 20: -0.05, 40: 0.06}, 10),  # heads that tell nothing apart
-        ({10: -0.1, 20: 0.5}, 20),
+        ({10: (1.0, 5), 20: (1.5, 5), 40: (1.4, 5)}, {}, 20),
+        ({10: (1.0, 5), 20: (1.1, 5), 40: (1.2, 5)}, {}, 10),  # not clearly better
+        ({10: (1.0, 5), 20: (1.3, 5), 40: (1.5, 5)}, {}, 40),
+        ({10: (1.0, 5), 20: (1.35, 5), 40: (1.4, 5)}, {}, 20),  # almost as good with half of them
+        ({10: (1.0, 5), 20: (1.2, 5), 40: (1.3, 5)}, {}, 40),  # almost as good, but not clearly better than 10
+        ({10: (2.0, 5), 20: (0.1, 5)}, {}, 10),
+        ({10: (0.0, 0), 20: (0.0, 0)}, {}, 10),
+        ({10: (-0.1, -1), 20: (-0.2, -2)}, {}, 10),
+        ({10: (-0.1, -1), 20: (-0.05, -1), 40: (0.06, 0.07)}, {}, 10),  # heads that tell nothing apart
+        ({10: (-0.1, -1), 20: (0.5, 0)}, {}, 20),
+        # By separation: a gear at 320 px, two drawings, at 160 px; a bracket, a fabric and tablets (results/separation)
+        ({10: (1.19, 4.1), 20: (1.38, 7.8), 40: (1.15, 9.5), 59: (1.02, 10.0)}, {}, 40),
+        ({10: (1.43, 5.3), 20: (1.52, 13.4), 40: (1.34, 13.8), 59: (1.20, 11.5)}, {}, 20),
+        ({10: (1.26, 5.0), 20: (1.57, 7.3), 40: (1.73, 10.4), 59: (1.85, 13.6)}, {10: (0.76, 3.4)}, 59),
+        ({10: (1.72, 12.4), 20: (1.86, 14.3), 40: (1.92, 13.9), 59: (1.96, 13.7)}, {}, 10),
+        ({10: (0.43, 7.9), 20: (0.45, 7.4), 40: (0.47, 7.9), 59: (0.48, 7.8)}, {10: (0.36, 4.8)}, 10),
+        ({10: (1.11, 15.5), 20: (1.29, 17.8), 40: (1.48, 16.1), 59: (1.59, 15.4)}, {10: (1.32, 17.3)}, 59),
+        # Screw: what is clearly better by one, but clearly worse by the other
+        ({10: (1.51, 8.3), 20: (1.49, 8.2), 40: (1.30, 8.7), 80: (1.07, 12.7)}, {}, 10),
+        # Over the whole map: loose gears and brackets
+        ({10: (0.59, 4.3), 40: (0.75, 4.7), 59: (0.73, 4.6)}, {10: (1.10, 7.9), 40: (1.39, 8.1)}, "40 anywhere"),
+        ({10: (0.32, 2.0), 40: (0.48, 3.6), 59: (0.46, 3.5)}, {10: (0.98, 5.0), 40: (1.46, 12.5)}, "40 anywhere"),
+        ({10: (1.0, 5)}, {10: (1.4, 8)}, "10 anywhere"),
+        ({10: (1.0, 5)}, {10: (1.2, 9)}, 10),  # both have to say so
+        ({10: (1.0, 5)}, {10: (1.4, 7)}, 10),
+        ({10: (1.0, 5), 20: (1.5, 5)}, {10: (1.6, 8)}, 20),  # not clearly better than the best of the windows
+        ({10: (1.0, 5)}, {10: (2.0, 10), 20: (2.05, 10.2), 40: (2.1, 10.5)}, "10 anywhere"),
     ],
 )
-def test_choice(contrasts, expected):
-    assert choose({Matching(k, WINDOWS): value for k, value in contrasts.items()}) == Matching(expected, WINDOWS)
+def test_choice(windows, anywhere, expected):
+    found = {Matching(k, WINDOWS): Evidence(*values) for k, values in windows.items()}
+    found |= {Matching(k, WHOLE): Evidence(*values) for k, values in anywhere.items()}
+    k, _, where = str(expected).partition(" ")
+    assert choose(found) == Matching(int(k), WHOLE if where else WINDOWS)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +114,24 @@ def test_what_is_anywhere(windows, anywhere):
     assert is_anywhere(Matching(10, windows)) is anywhere
 
 
-@pytest.mark.parametrize(("usual", "other", "better"), [(1, 1.25, True), (1, 1.24, False), (0, 0.05, False)])
-def test_what_is_clearly_better(usual, other, better):
-    assert is_clearly_better(Matching(10, WHOLE), {Matching(10, WINDOWS): usual, Matching(10, WHOLE): other}) is better
+@pytest.mark.parametrize(
+    ("one", "other", "expected", "either", "both"),
+    [
+        ((1.25, 1), (1, 1), (1, 0), True, False),
+        ((1.24, 1.49), (1, 1), (0.964, 0.983), False, False),
+        ((1.25, 3), (1, 2), (1, 1), True, True),
+        ((0.9, 9), (0.9, 4), (0, 2), True, False),
+        ((0.8, 9), (1, 4), (-1, 2), False, False),
+        ((1, 1), (1.25, 1.5), (-1, -1), False, False),
+        ((0.05, 0.15), (0, -1), (0, 2.71), True, False),  # of next to nothing, not endlessly much
+    ],
+)
+def test_steps_ahead(one, other, expected, either, both):
+    steps = steps_ahead(Evidence(*one), Evidence(*other))
+    assert steps == pytest.approx(expected, abs=0.001)
+    just = tuple(round(step, 9) for step in steps)
+    assert is_better_by_either(just) is either
+    assert is_better_by_both(just) is both
 
 
 def test_a_matching_in_words():
@@ -145,7 +188,7 @@ def test_evidence_is_what_forward_says_of_a_bank_without_the_image(images, spare
             alone.k, alone.window_sizes = option
             scores[option].append(alone(pair).pred_score)
     for option in options:
-        assert found[option] == pytest.approx(contrast_of_anomalies(*torch.stack(scores[option]).T), rel=1e-3)
+        assert found[option] == pytest.approx(evidence_of(*torch.stack(scores[option]).T), rel=1e-3)
 
 
 def test_only_what_the_bank_holds_is_a_reference(images):
@@ -158,7 +201,7 @@ def test_only_what_the_bank_holds_is_a_reference(images):
         pair = torch.cat([images[index : index + 1], Square()(images[index : index + 1], None, None)[0]])
         others = [image for image in in_bank.tolist() if image != index]
         scores.append(make_model(images[others], k=2)(pair).pred_score)
-    assert found[options[1]] == pytest.approx(contrast_of_anomalies(*torch.stack(scores).T), rel=1e-3)
+    assert found[options[1]] == pytest.approx(evidence_of(*torch.stack(scores).T), rel=1e-3)
 
 
 def test_no_anomaly_no_evidence(images):

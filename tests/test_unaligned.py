@@ -5,14 +5,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr.relative import lower_the_rest
 from anomalib_cpr.scoring import Scorer
-from anomalib_cpr.unaligned import average_neighbours, distance_to_several, fuse_plainer
+from anomalib_cpr.unaligned import average_neighbours, distance_to_several, fuse_plainer, to_several_references
 
 
 def slow_unaligned(distances, size, relative):
     """In numpy: distances (k, height_i, width_i) of two scales, of one image."""
     scales = []
-    for scale in distances:
-        mean = np.sort(scale, axis=0)[:5].mean(0)
+    for level, scale in enumerate(distances):
+        whole = scale.mean((1, 2)).argsort()[: 10 if level else None]
+        mean = np.sort(scale[whole], axis=0)[:5].mean(0)
         halved = mean / 2
         factor = 1 / np.sqrt(1 + halved.mean() / 0.01) if relative else 1
         cells = torch.from_numpy(halved * factor)[None, None]
@@ -40,7 +41,7 @@ def test_neighbours_that_cancel_out_are_no_direction():
 
 
 @pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("k", [1, 4, 5, 12])
+@pytest.mark.parametrize("k", [1, 4, 5, 10, 11, 40])
 @pytest.mark.parametrize("layout", ["references first", "references last"])
 def test_map_and_score(k, relative, layout):
     generator = torch.Generator().manual_seed(0)
@@ -71,6 +72,20 @@ def test_one_near_reference_among_many_does_not_clear_a_patch():
     assert distance_to_several(distances)[0, 0, 2, 2] == 0
 
 
+def test_a_patch_that_only_ill_fitting_references_have_is_cleared_at_the_fine_scale_alone():
+    scales = [torch.full((2, 20, side, side), 0.2) for side in (8, 4)]
+    for scale in scales:
+        scale[:, 10:] = 0.6  # another lamp, under which
+        scale[:, 10:, 2, 2] = 0.0  # this looks right
+    scales[1][1, 10:] = 0.1  # of the second image all of them fit
+    scales[1][1, 10:, 2, 2] = 0.0
+    fine, coarse = to_several_references(scales)
+    assert fine[:, 0, 2, 2].tolist() == [0, 0]
+    assert coarse[:, 0, 2, 2].tolist() == pytest.approx([0.2, 0])
+    assert (coarse[0] == 0.2).all()
+    assert coarse[1, 0, 0, 0] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("seen_by", [0, 1])
 def test_a_defect_that_one_scale_sees_is_more_than_the_mean(seen_by):
     scales = [torch.full((1, 1, 8, 8), 0.1), torch.full((1, 1, 4, 4), 0.1)]
@@ -88,7 +103,11 @@ def test_equal_scales_keep_their_value(value, expected):
 
 
 def test_the_order_of_references_and_the_batch_change_nothing():
-    distances = torch.rand(4, 9, 12, 12, generator=torch.Generator().manual_seed(2))
-    whole = distance_to_several(distances)
-    torch.testing.assert_close(distance_to_several(distances.flip(1)), whole)
-    assert torch.equal(torch.cat([distance_to_several(one) for one in distances.split(1)]), whole)
+    generator = torch.Generator().manual_seed(2)
+    distances = [torch.rand(4, 29, side, side, generator=generator) for side in (24, 12)]
+    whole = to_several_references(distances)
+    for level, flipped in enumerate(to_several_references([one.flip(1) for one in distances])):
+        torch.testing.assert_close(flipped, whole[level])
+    for image in range(4):
+        for level, one in enumerate(to_several_references([scale[image : image + 1] for scale in distances])):
+            assert torch.equal(one, whole[level][image : image + 1])
