@@ -10,7 +10,7 @@ All lengths are in units of 1/256 of the image's side, so that a part looks the 
 
 import zlib
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import cv2
@@ -29,9 +29,10 @@ DEFECTS: dict[str, tuple[str, ...]] = {
     "fabric": ("cut", "missing_thread", "stain", "wrong_colour"),
     "pills": ("chipped", "crack", "speck", "wrong_colour"),
 }
+DEFECTS["loose_brackets"], DEFECTS["loose_gears"] = DEFECTS["bracket"], DEFECTS["gear"]
 
 VISIBLE = 0.04  # smallest change of a colour channel, of 1, that belongs to a mask; above the sensor's noise
-MIN_AREA = 60 / UNITS**2  # smallest defect, as share of the image
+MIN_AREA = 60 / UNITS**2  # smallest defect, as share of the image, of parts that fill it
 TRIES = 30
 
 Field = NDArray[np.floating]
@@ -50,6 +51,18 @@ class Drawing(NamedTuple):
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     clean: NDArray[np.uint8]
+
+
+class Ground(NamedTuple):
+    """What a part is laid on, in place of a table of its own.
+
+    Attributes:
+        scene (Field): Colours, ``(size, size, 3)``.
+        light (NDArray): Direction of the lamp.
+    """
+
+    scene: Field
+    light: NDArray
 
 
 class Canvas(NamedTuple):
@@ -118,11 +131,20 @@ def draw(
     for attempt in range(TRIES):
         flawed = render(defect, attempt)
         mask = _difference(flawed, clean, canvas)
-        if np.count_nonzero(mask) >= MIN_AREA * size**2:
+        if np.count_nonzero(mask) >= least_area(category) * size**2:
             return Drawing(_expose(_mix(clean, flawed, _feather(mask, canvas)), random(3)), mask, exposed)
         # The light hides this one, or it lies outside of the image.
     msg = f"{category}/{defect} {index} cannot be seen at size={size}; use a larger size or another seed than {seed}."
     raise ValueError(msg)
+
+
+def least_area(category: str) -> float:
+    """Smallest defect that is drawn, as share of the image.
+
+    Args:
+        category (str): One of :data:`DEFECTS`.
+    """
+    return MIN_AREA * (_SCATTERED[category].scale ** 2 if category in _SCATTERED else 1)
 
 
 def check(category: str, *, size: int, seed: int) -> None:
@@ -343,13 +365,25 @@ def _stain(albedo: Field, canvas: Canvas, rng: Generator, centre: NDArray, colou
 # --- Parts ----------------------------------------------------------------------------------------------------------
 
 
-def _bracket(canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Field:
-    """A brushed steel plate with holes: always the same way up, a little shifted and turned."""
-    light = _light(rng)
-    x, y = _turn(canvas.x, canvas.y, 128 + rng.normal(0, 3, 2), np.radians(rng.normal(0, 1.8)))
-    table = np.array([0.27, 0.33, 0.38]) * (
+def _slate(canvas: Canvas, rng: Generator) -> Field:
+    """A dark table."""
+    return np.array([0.27, 0.33, 0.38]) * (
         1 + 0.02 * _noise(canvas.x, canvas.y, rng, 2.5) + 0.03 * _noise(canvas.x, canvas.y, rng, 40)
     )[..., None].astype(np.float32)
+
+
+def _paper(canvas: Canvas, rng: Generator) -> Field:
+    """A bright table."""
+    return np.array([0.72, 0.73, 0.71]) * (
+        1 + 0.012 * _noise(canvas.x, canvas.y, rng, 1.5) + 0.02 * _noise(canvas.x, canvas.y, rng, 60)
+    )[..., None].astype(np.float32)
+
+
+def _bracket(canvas: Canvas, rng: Generator, flaw: str, chance: Generator, ground: Ground | None = None) -> Field:
+    """A brushed steel plate with holes: always the same way up, a little shifted and turned."""
+    light = _light(rng) if ground is None else ground.light
+    x, y = _turn(canvas.x, canvas.y, 128 + rng.normal(0, 3, 2), np.radians(rng.normal(0, 1.8)))
+    table = _slate(canvas, rng) if ground is None else ground.scene
 
     plate = np.minimum(_box(x, y - 22, (100, 46), 15), _box(x, y + 20, (50, 70), 34))
     screws = [(-78, 2), (78, 2), (-78, 46), (78, 46)]
@@ -379,13 +413,11 @@ def _bracket(canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Fi
     return _mix(_shadow(table, cover, light, canvas, 9), part, cover)
 
 
-def _gear(canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Field:
+def _gear(canvas: Canvas, rng: Generator, flaw: str, chance: Generator, ground: Ground | None = None) -> Field:
     """A turned brass gear at any angle."""
-    light = _light(rng)
+    light = _light(rng) if ground is None else ground.light
     x, y = _turn(canvas.x, canvas.y, 128 + rng.normal(0, 2, 2), rng.uniform(0, 2 * np.pi))
-    table = np.array([0.72, 0.73, 0.71]) * (
-        1 + 0.012 * _noise(canvas.x, canvas.y, rng, 1.5) + 0.02 * _noise(canvas.x, canvas.y, rng, 60)
-    )[..., None].astype(np.float32)
+    table = _paper(canvas, rng) if ground is None else ground.scene
 
     teeth = 16
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -526,9 +558,46 @@ def _pills(canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Fiel
     return _mix(_shadow(tray, cover, light, canvas, 7), tablets, cover)
 
 
+class _Scatter(NamedTuple):
+    """Parts at random places: how many, their size in proportion to the part alone, the radius around one, in units."""
+
+    part: Callable[..., Field]
+    table: Callable[[Canvas, Generator], Field]
+    parts: int
+    scale: float
+    radius: float
+    turned: bool  # False of what its painter turns by itself
+
+    def __call__(self, canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Field:
+        """Lay the parts on a table, one of them with the flaw."""
+        ground = Ground(self.table(canvas, rng), _light(rng))
+        places = _apart(rng, self.parts, self.scale * self.radius)
+        flawed = int(chance.integers(self.parts))
+        for number, place in enumerate(places):
+            x, y = _turn(canvas.x, canvas.y, place, rng.uniform(0, 2 * np.pi) if self.turned else 0.0)
+            own = Canvas(128 + x / self.scale, 128 + y / self.scale, canvas.pixel / self.scale)
+            scene = self.part(own, rng, flaw if number == flawed else GOOD, chance, ground)
+            ground = ground._replace(scene=scene)
+        return ground.scene
+
+
+def _apart(rng: Generator, count: int, radius: float) -> NDArray:
+    """Places ``(count, 2)`` of discs that do not overlap, inside of the image."""
+    while True:
+        places = rng.uniform(radius, UNITS - radius, (count, 2))
+        if all(np.hypot(*(one - other)) > 2 * radius for one, other in combinations(places, 2)):
+            return places
+
+
+_SCATTERED = {
+    "loose_brackets": _Scatter(_bracket, _slate, parts=2, scale=0.46, radius=122, turned=True),
+    "loose_gears": _Scatter(_gear, _paper, parts=3, scale=0.4, radius=106, turned=False),
+}
 _PAINTERS: dict[str, Callable[[Canvas, Generator, str, Generator], Field]] = {
     "bracket": _bracket,
     "gear": _gear,
     "fabric": _fabric,
     "pills": _pills,
+    "loose_brackets": _SCATTERED["loose_brackets"],
+    "loose_gears": _SCATTERED["loose_gears"],
 }

@@ -32,12 +32,14 @@ class DrawnParts(MVTecAD):
     - ``gear``: a brass gear at any angle; broken teeth, contamination, cracks, scratches.
     - ``fabric``: a woven texture; cuts, missing threads, stains, threads of the wrong colour.
     - ``pills``: nine tablets in a tray; chipped, cracked, soiled, of the wrong colour.
+    - ``loose_brackets``, ``loose_gears``: two or three of them at random places, brackets at any angle; the same
+      defects, of one of them.
 
     Args:
         root (Path | str | None): Folder of the data set; a folder per category is drawn into it. ``None`` stands for
             the folder where anomalib keeps its data sets.
             Defaults to ``"./datasets/DrawnParts"``.
-        category (str): ``"bracket"``, ``"gear"``, ``"fabric"`` or ``"pills"``.
+        category (str): ``"bracket"``, ``"gear"``, ``"fabric"``, ``"pills"``, ``"loose_brackets"`` or ``"loose_gears"``.
             Defaults to ``"bracket"``.
         train_batch_size (int): Training batch size.
             Defaults to ``8``.

@@ -67,10 +67,11 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         coherent_matching (bool | None): On the map, neighbouring patches agree on the references that they are matched
             with, which shows missing pieces better. Image scores are the same. None means yes for objects, no for
             textures and loose parts, and what its training had for a checkpoint; the paper's patches are on their own.
-        unaligned_matching (bool | None): The distance of a patch is the mean over its five nearest references, and the
-            scale that shows more of a defect counts more. None means yes for textures and loose parts, no for other
-            objects, and what its training had for a checkpoint; the paper takes the nearest reference and the mean of
-            the scales. Excludes ``coherent_matching``.
+        unaligned_matching (bool | None): The distance of a patch is the mean over its five nearest references, at
+            stride 8 of the ten that fit the image as a whole, and the scale that shows more of a defect counts more.
+            None means yes for textures and loose parts, no for other objects, and what its training had for a
+            checkpoint; the paper takes the nearest reference and the mean of the scales. Excludes
+            ``coherent_matching``.
         averaged_descriptors (bool | None): Descriptors of stride 8 are averaged over 3x3 cells, after which a patch
             tells what is around it rather than what is just there. None means yes for loose parts and no for all
             others, as in the paper. A checkpoint keeps what its training had.

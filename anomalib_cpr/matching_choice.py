@@ -28,7 +28,7 @@ WEAK_OPACITY = (0.1, 0.5)  # in training 0.5..1
 SMALL_AREA = 0.0005  # in training 0.001
 MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that of ten
 # Chosen on drawn parts of 160 and 320 pixels (results/separation.json): the best number of references has 1.4 to 1.5
-# times the contrast of ten on loose tablets and 1.9 to 2.7 times the separation on turned gears, but at most 1.16 times
+# times the contrast of ten on loose tablets and 2.3 to 2.7 times the separation on turned gears, but at most 1.16 times
 # either on bracket and fabric. Screw, of MVTec AD, has 0.71 times the contrast and 1.53 times the separation with 80.
 CLEAR_CONTRAST = 1.25
 CLEAR_SEPARATION = 1.5

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anomalib_cpr.drawing import DEFECTS, MIN_AREA, VISIBLE, draw
+from anomalib_cpr.drawing import DEFECTS, VISIBLE, draw, least_area
 
 KINDS = [(category, defect) for category, defects in DEFECTS.items() for defect in defects]
 SIZE = 96
@@ -42,7 +42,7 @@ def test_masks_are_where_the_defect_is(category, defect, size):
     assert (image.shape, image.dtype, clean.shape) == ((size, size, 3), np.uint8, (size, size, 3))
     assert (mask.shape, mask.dtype) == ((size, size), np.uint8)
     assert set(np.unique(mask)) == {0, 255}
-    assert MIN_AREA <= (mask > 0).mean() < 0.2
+    assert least_area(category) <= (mask > 0).mean() < 0.2
 
     difference = np.abs(image.astype(int) - clean).max(axis=2)
     # The sensor's noise grows with the square root of the brightness, hence a few levels more than VISIBLE.
@@ -83,6 +83,27 @@ def test_a_mean_image_does_not_solve_it(category):
         assert auroc([score(image) for image in bad], [score(image) for image in good]) < 0.85
 
 
+@pytest.mark.parametrize(("category", "count"), [("loose_brackets", 2), ("loose_gears", 3)])
+def test_loose_parts_lie_anywhere_and_apart(category, count):
+    where = np.zeros((128, 128))
+    for index in range(40):
+        clean = draw(category, index=index, size=128).clean.astype(float)
+        unlike = np.abs(clean - np.median(clean, axis=(0, 1))).max(axis=2) > 40
+        _, _, stats, _ = cv2.connectedComponentsWithStats(unlike.astype(np.uint8))
+        areas = stats[1:, cv2.CC_STAT_AREA]
+        assert np.count_nonzero(areas > 400) == count
+        where += unlike
+    assert (where > 0).mean() > 0.65, "not in the corners, where they would not fit"
+    assert where.max() < 30
+
+
+def test_a_defect_concerns_one_of_the_loose_parts():
+    for index in range(8):
+        mask = draw("loose_brackets", "scratch", index, size=128).mask
+        rows, columns = np.nonzero(mask)
+        assert max(np.ptp(rows), np.ptp(columns)) < 122 * 0.46 / 2
+
+
 def smooth(image, deviation):
     return cv2.GaussianBlur(image.astype(np.float32), (0, 0), deviation)
 
@@ -96,7 +117,7 @@ def auroc(positive, negative):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"category": "screw"}, "Invalid category='screw'; expected one of bracket, gear, fabric, pills"),
+        ({"category": "screw"}, "Invalid category='screw'; expected one of bracket, gear, fabric, pills, loose_"),
         ({"category": "gear", "defect": "dent"}, "Invalid defect='dent' of 'gear'; expected one of good, broken_tooth"),
         ({"category": "gear", "index": -1}, "Invalid index=-1"),
         ({"category": "gear", "size": 63}, "Invalid image_size=63; parts are drawn with 64 pixels or more"),

@@ -210,7 +210,7 @@ def test_the_command_line_knows_it(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"category": "bottle"}, "Invalid category='bottle'; expected one of bracket, gear, fabric, pills"),
+        ({"category": "bottle"}, "Invalid category='bottle'; expected one of bracket, gear, fabric, pills, loose_"),
         ({"train_images": 1}, "Invalid train_images=1; expected 2 or more"),
         ({"good_test_images": 0}, "Invalid good_test_images=0, defective_test_images=7; expected 1 or more"),
         ({"defective_test_images": 0}, "Invalid good_test_images=12, defective_test_images=0; expected 1 or more"),
