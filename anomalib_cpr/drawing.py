@@ -10,6 +10,7 @@ All lengths are in units of 1/256 of the image's side, so that a part looks the 
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
@@ -558,15 +559,25 @@ def _pills(canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Fiel
     return _mix(_shadow(tray, cover, light, canvas, 7), tablets, cover)
 
 
-class _Scatter(NamedTuple):
-    """Parts at random places: how many, their size in proportion to the part alone, the radius around one, in units."""
+@dataclass(frozen=True)
+class _Scatter:
+    """Parts at random places.
+
+    Attributes:
+        part (Callable): Paints one of them on a given ground.
+        table (Callable): Paints what they lie on.
+        parts (int): How many.
+        scale (float): Their size in proportion to that of the part alone.
+        radius (float): Of a circle around the part alone, shadow included, in units.
+        turned (bool): Lay them at any angle; False of what its painter turns by itself.
+    """
 
     part: Callable[..., Field]
     table: Callable[[Canvas, Generator], Field]
     parts: int
     scale: float
     radius: float
-    turned: bool  # False of what its painter turns by itself
+    turned: bool
 
     def __call__(self, canvas: Canvas, rng: Generator, flaw: str, chance: Generator) -> Field:
         """Lay the parts on a table, one of them with the flaw."""

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -356,6 +357,19 @@ def test_a_checkpoint_of_format_1(checkpoints, datamodule, tmp_path):
     assert not torch.equal(own(images).anomaly_map, new(images).anomaly_map)
     assert old.seed == 3
     WAYS["test"](path, make(), datamodule)
+
+
+@pytest.mark.parametrize(("unaligned", "k", "warned"), [(True, 11, True), (True, 10, False), (False, 11, False)])
+def test_a_checkpoint_of_format_9_whose_maps_are_others_today(checkpoints, tmp_path, unaligned, k, warned):
+    content = torch.load(checkpoints["float32"], weights_only=True)
+    content["cpr"] |= {"format": 9, "unaligned_matching": unaligned, "coherent_matching": False, "k": k}
+    content["hyper_parameters"]["k"] = None
+    path = tmp_path / "x.ckpt"
+    torch.save(content, path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Cpr.load_from_checkpoint(path)
+    assert any("took all 11 references at the coarse scale, where now 10" in str(one.message) for one in seen) is warned
 
 
 @pytest.mark.parametrize(
