@@ -144,6 +144,9 @@ def least_area(category: str) -> float:
 
     Args:
         category (str): One of :data:`DEFECTS`.
+
+    Returns:
+        float: In 0..1.
     """
     return MIN_AREA * (_SCATTERED[category].scale ** 2 if category in _SCATTERED else 1)
 
