@@ -21,13 +21,13 @@ from .matching_choice import (
     WEAK_OPACITY,
     Evidence,
     Matching,
+    best_in_windows,
     candidates,
     choose,
     compare_matchings,
     is_anywhere,
-    is_better_by_both,
+    is_clearly_better,
     more_anywhere,
-    steps_ahead,
 )
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
@@ -133,7 +133,7 @@ class BankInCheckpoints(Preparation):
         found = self._compare_matchings(data, in_bank, options, alone=alone)
         if not found:
             return
-        if more and whole_map and is_better_by_both(steps_ahead(found[options[-1]], found[usual])):
+        if more and whole_map and is_clearly_better(found[options[-1]], best_in_windows(found)):
             found |= self._compare_matchings(data, in_bank, more_anywhere(options[-1], available), alone=alone)
         chosen = choose(found)
         self._match_as(chosen)

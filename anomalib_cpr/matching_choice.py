@@ -108,22 +108,26 @@ def steps_ahead(one: Evidence, other: Evidence) -> tuple[float, float]:
     return cast("tuple[float, float]", tuple(math.log(a) / math.log(b) for a, b in zip(ratios, clear, strict=True)))
 
 
-def is_better_by_either(steps: tuple[float, float]) -> bool:
+def is_clearly_better(one: Evidence, other: Evidence) -> bool:
     """Clearly better by contrast or by separation, and not clearly worse by the other.
 
     Args:
-        steps (tuple[float, float]): From :func:`steps_ahead`.
+        one (Evidence): Of one way of matching.
+        other (Evidence): Of another, on the same images.
     """
+    steps = steps_ahead(one, other)
     return max(steps) >= 1 and min(steps) > -1
 
 
-def is_better_by_both(steps: tuple[float, float]) -> bool:
-    """Clearly better by contrast and by separation.
+def best_in_windows(found: Mapping[Matching, Evidence]) -> Evidence:
+    """The best contrast and the best separation of all that matches as the usual, with any number of references.
 
     Args:
-        steps (tuple[float, float]): From :func:`steps_ahead`.
+        found (Mapping[Matching, Evidence]): The usual one first.
     """
-    return min(steps) >= 1
+    usual = next(iter(found))
+    windows = [evidence for one, evidence in found.items() if one.window_sizes == usual.window_sizes]
+    return Evidence(*(max(values) for values in zip(*windows, strict=True)))
 
 
 def candidates(usual: Matching, available: int, *, more_references: bool, whole_map: bool) -> list[Matching]:
@@ -178,8 +182,7 @@ def is_anywhere(matching: Matching) -> bool:
 def choose(found: Mapping[Matching, Evidence]) -> Matching:
     """What is clearly better than the usual matching, with no more references than it takes.
 
-    The whole map, which takes about ninety times as long, has to be better than the best of the windows, by contrast
-    and by separation.
+    The whole map, which takes about ninety times as long, has to be clearly better than windows with any number.
 
     Args:
         found (Mapping[Matching, Evidence]): Of :func:`candidates`, in their order, and of :func:`more_anywhere`.
@@ -188,22 +191,21 @@ def choose(found: Mapping[Matching, Evidence]) -> Matching:
         Matching: One of them.
     """
     usual = next(iter(found))
-    windows = [one for one in found if one.window_sizes == usual.window_sizes]
-    chosen = _fewest_references(windows, found, usual, is_better_by_either)
-    return _fewest_references([one for one in found if one not in windows], found, chosen, is_better_by_both)
+    windows = {one: evidence for one, evidence in found.items() if one.window_sizes == usual.window_sizes}
+    anywhere = {one: evidence for one, evidence in found.items() if one not in windows}
+    chosen = _fewest_references(windows, found[usual], usual)
+    return _fewest_references(anywhere, best_in_windows(found), chosen)
 
 
-def _fewest_references(
-    options: Iterable[Matching],
-    found: Mapping[Matching, Evidence],
-    usual: Matching,
-    is_better: Callable[[tuple[float, float]], bool],
-) -> Matching:
-    """The fewest that are almost as far ahead as the best, or the usual matching where none is clearly better."""
-    steps = {one: steps_ahead(found[one], found[usual]) for one in options if one != usual}
-    ahead = {one: max(pair) for one, pair in steps.items() if is_better(pair)}
+def _fewest_references(options: Mapping[Matching, Evidence], other: Evidence, otherwise: Matching) -> Matching:
+    """The fewest that are almost as far ahead of the other as the best, where one is clearly better."""
+    ahead = {
+        one: max(steps_ahead(evidence, other))
+        for one, evidence in options.items()
+        if is_clearly_better(evidence, other)
+    }
     enough = max(ahead.values(), default=0.0) - ALMOST
-    return min((one for one, value in ahead.items() if value >= enough), key=lambda one: one.k, default=usual)
+    return min((one for one, value in ahead.items() if value >= enough), key=lambda one: one.k, default=otherwise)
 
 
 @torch.no_grad()

@@ -122,10 +122,10 @@ USUAL, WHOLE, ALL_OF_WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999)), Mat
     [
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.4, ALL_OF_WHOLE: 1.35}, WHOLE),
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.6, ALL_OF_WHOLE: 1.9}, ALL_OF_WHOLE),
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, Matching(13, (3, 1))),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4}, Matching(13, (3, 1))),
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
         ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
-        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.3, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
         ({}, 1.05, None, USUAL),  # no anomaly found a place
