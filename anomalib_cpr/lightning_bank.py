@@ -21,7 +21,7 @@ from .matching_choice import (
     WEAK_OPACITY,
     Evidence,
     Matching,
-    best_in_windows,
+    best_of,
     candidates,
     choose,
     compare_matchings,
@@ -133,7 +133,7 @@ class BankInCheckpoints(Preparation):
         found = self._compare_matchings(data, in_bank, options, alone=alone)
         if not found:
             return
-        if more and whole_map and is_clearly_better(found[options[-1]], best_in_windows(found)):
+        if more and whole_map and is_clearly_better(found[options[-1]], best_of(found[one] for one in options[:-1])):
             found |= self._compare_matchings(data, in_bank, more_anywhere(options[-1], available), alone=alone)
         chosen = choose(found)
         self._match_as(chosen)

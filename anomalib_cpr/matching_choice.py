@@ -10,7 +10,7 @@ those of the training stand out anyway; weak ones must rise above what good imag
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,9 +103,9 @@ def steps_ahead(one: Evidence, other: Evidence) -> tuple[float, float]:
     Returns:
         tuple[float, float]: By contrast and by separation.
     """
-    clear = (CLEAR_CONTRAST, CLEAR_SEPARATION)
-    ratios = (max(mine, LEAST) / max(its, LEAST) for mine, its in zip(one, other, strict=True))
-    return cast("tuple[float, float]", tuple(math.log(a) / math.log(b) for a, b in zip(ratios, clear, strict=True)))
+    contrast = max(one.contrast, LEAST) / max(other.contrast, LEAST)
+    separation = max(one.separation, LEAST) / max(other.separation, LEAST)
+    return math.log(contrast, CLEAR_CONTRAST), math.log(separation, CLEAR_SEPARATION)
 
 
 def is_clearly_better(one: Evidence, other: Evidence) -> bool:
@@ -119,15 +119,13 @@ def is_clearly_better(one: Evidence, other: Evidence) -> bool:
     return max(steps) >= 1 and min(steps) > -1
 
 
-def best_in_windows(found: Mapping[Matching, Evidence]) -> Evidence:
-    """The best contrast and the best separation of all that matches as the usual, with any number of references.
+def best_of(found: Iterable[Evidence]) -> Evidence:
+    """The best contrast and the best separation, be they of one way of matching or of two.
 
     Args:
-        found (Mapping[Matching, Evidence]): The usual one first.
+        found (Iterable[Evidence]): At least one.
     """
-    usual = next(iter(found))
-    windows = [evidence for one, evidence in found.items() if one.window_sizes == usual.window_sizes]
-    return Evidence(*(max(values) for values in zip(*windows, strict=True)))
+    return Evidence(*(max(values) for values in zip(*found, strict=True)))
 
 
 def candidates(usual: Matching, available: int, *, more_references: bool, whole_map: bool) -> list[Matching]:
@@ -194,7 +192,7 @@ def choose(found: Mapping[Matching, Evidence]) -> Matching:
     windows = {one: evidence for one, evidence in found.items() if one.window_sizes == usual.window_sizes}
     anywhere = {one: evidence for one, evidence in found.items() if one not in windows}
     chosen = _fewest_references(windows, found[usual], usual)
-    return _fewest_references(anywhere, best_in_windows(found), chosen)
+    return _fewest_references(anywhere, best_of(windows.values()), chosen)
 
 
 def _fewest_references(options: Mapping[Matching, Evidence], other: Evidence, otherwise: Matching) -> Matching:
