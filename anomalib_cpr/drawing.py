@@ -612,6 +612,5 @@ _PAINTERS: dict[str, Callable[[Canvas, Generator, str, Generator], Field]] = {
     "gear": _gear,
     "fabric": _fabric,
     "pills": _pills,
-    "loose_brackets": _SCATTERED["loose_brackets"],
-    "loose_gears": _SCATTERED["loose_gears"],
+    **_SCATTERED,
 }
