@@ -1,5 +1,7 @@
 """configs/model/cpr_paper.yaml: what the authors' code does, and that anomalib takes it."""
 
+import inspect
+
 import cv2
 import numpy as np
 import pytest
@@ -7,6 +9,9 @@ import yaml
 from anomalib.models import get_model
 from conftest import TINY_BACKBONE, write_mvtec
 from test_command_line import PROJECT, anomalib
+
+from anomalib_cpr import Cpr
+from anomalib_cpr.ablation import AS_THE_PAPER
 
 CONFIGURATION = PROJECT / "configs" / "model" / "cpr_paper.yaml"
 
@@ -72,3 +77,12 @@ def test_without_the_textures_it_says_where_they_belong(folder):
     result = train(folder, check=False)
     assert result.returncode != 0
     assert "datasets/dtd/images does not exist" in result.stderr + result.stdout
+
+
+def test_ablation_changes_all_that_the_authors_code_does_otherwise():
+    written = yaml.safe_load(CONFIGURATION.read_text())["init_args"]
+    sizes = {"backbone", "layers", "pre_trained", "descriptor_channels", "anomaly_source_path", "training_steps"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Cpr).parameters.items()}
+    differing = {name: value for name, value in written.items() if name not in sizes and value != defaults[name]}
+    assert len(differing) >= 10
+    assert {**differing, **AS_THE_PAPER} == {name: written[name] for name in differing | AS_THE_PAPER}
