@@ -8,7 +8,7 @@ and maps come from the model itself, so what is explained is what is predicted.
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .alignment import spread
+from .coarse_to_fine import cells_around
 from .coherence import coherent_distance
 from .command_arguments import existing_file
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
-from .matching import PIECE
+from .matching import PIECE, covers
 from .quantisation import restore
 from .relative import share_that_counts
 from .scoring import fuse
 from .torch_model import CprModel
-from .unaligned import ON_THE_WHOLE, ranks_on_the_whole, to_several_references
+from .unaligned import ranks_on_the_whole, to_several_references
 
 logger = logging.getLogger(__name__)
 
@@ -156,60 +157,94 @@ def best_match(query: Tensor, references: Tensor, window: int) -> Match:
     Returns:
         Match: Distances and positions. Of equally good matches the nearest reference wins.
     """
+    return _nearest(*_search(query, references, window))
+
+
+def best_matches(
+    queries: Sequence[Tensor], references: Sequence[Tensor], windows: Sequence[int], on_the_whole: bool = False
+) -> list[Match]:
+    """The same for both scales, from coarse to fine where both windows cover the map.
+
+    As :func:`anomalib_cpr.coarse_to_fine.match_scales`, without its economy.
+
+    Args:
+        queries (Sequence[Tensor]): Unit descriptors of strides 4 and 8, ``(channels, height_i, width_i)``.
+        references (Sequence[Tensor]): Unit descriptors, ``(k, channels, height_i, width_i)``.
+        windows (Sequence[int]): Sides in cells, odd.
+        on_the_whole (bool): At stride 8, the best match lies on one of those references that fit as a whole.
+
+    Returns:
+        list[Match]: Of strides 4 and 8.
+    """
+    similarity, row, column = _search(queries[1], references[1], windows[1])
+    if all(covers(window, query) for window, query in zip(windows, queries, strict=True)):
+        fine = _search_below(queries[0], references[0], row * queries[1].shape[-1] + column)
+    else:
+        fine = _search(queries[0], references[0], windows[0])
+    ranks = ranks_on_the_whole(1 - similarity[None])[0] if on_the_whole else None
+    return [_nearest(*fine), _nearest(similarity, row, column, ranks)]
+
+
+def _search(query: Tensor, references: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest similarity on each reference, and row and column where it is, ``(k, height, width)`` each."""
     height, width = query.shape[-2:]
+    if covers(window, query):
+        cells = query.float().flatten(1).T
+        found = [
+            [(some @ reference).max(1) for some in cells.split(PIECE)] for reference in references.float().flatten(2)
+        ]
+        similarity, place = (
+            torch.stack([torch.cat([piece[part] for piece in pieces]) for pieces in found]).unflatten(
+                1, (height, width)
+            )
+            for part in (0, 1)
+        )
+        return similarity, place // width, place % width
     radius = window // 2
-    if radius >= max(height, width) - 1:
-        return _best_match_anywhere(query.float(), references.float())
     shifts = list(product(range(-radius, radius + 1), repeat=2))
     padded = F.pad(references.float(), (radius, radius, radius, radius))
     inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=query.device), (radius,) * 4)
     candidates = []
     for down, right in shifts:
-        place = (slice(radius + down, radius + down + height), slice(radius + right, radius + right + width))
-        similarity = torch.einsum("chw,kchw->khw", query.float(), padded[:, :, place[0], place[1]])
-        candidates.append(similarity.masked_fill(~inside[place], -2.0))
-    similarities = torch.stack(candidates, dim=1)  # (k, shifts, height, width)
-    per_reference = (1 - similarities.amax(1)).clamp(0, 2)
-    best = similarities.flatten(0, 1).max(0)
-    shift = torch.tensor(shifts, device=query.device)[best.indices % len(shifts)]
-    rows, columns = torch.meshgrid(
+        seen = (slice(radius + down, radius + down + height), slice(radius + right, radius + right + width))
+        similarity = torch.einsum("chw,kchw->khw", query.float(), padded[:, :, seen[0], seen[1]])
+        candidates.append(similarity.masked_fill(~inside[seen], -2.0))
+    best = torch.stack(candidates).max(0)
+    shift = torch.tensor(shifts, device=query.device)[best.indices]
+    row, column = torch.meshgrid(
         torch.arange(height, device=query.device), torch.arange(width, device=query.device), indexing="ij"
     )
+    return best.values, row + shift[..., 0], column + shift[..., 1]
+
+
+def _search_below(query: Tensor, references: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same at stride 4, around the matches of stride 8, whose cells are given, ``(k, height / 2, width / 2)``."""
+    width = query.shape[-1]
+    around = cells_around(parents.shape[-2], parents.shape[-1]).to(query.device)
+    cells = references.float().flatten(2)
+    similarity, place = [], []
+    for reference, parent in zip(cells, parents, strict=True):
+        window = around[parent.repeat_interleave(2, 0).repeat_interleave(2, 1)]  # (height, width, 16)
+        best = torch.einsum("chw,chwn->hwn", query.float(), reference[:, window]).max(2)
+        similarity.append(best.values)
+        place.append(window.gather(2, best.indices[..., None])[..., 0])
+    places = torch.stack(place)
+    return torch.stack(similarity), places // width, places % width
+
+
+def _nearest(similarity: Tensor, row: Tensor, column: Tensor, ranks: Tensor | None = None) -> Match:
+    """The best of the matches on each reference, or on some of them."""
+    if ranks is None:
+        ranks = torch.arange(len(similarity), device=similarity.device)
+    best = similarity[ranks.sort().values].max(0)
+    reference = ranks.sort().values[best.indices]
     return Match(
         distance=(1 - best.values).clamp(0, 2),
-        reference=best.indices // len(shifts),
-        row=rows + shift[..., 0],
-        column=columns + shift[..., 1],
-        per_reference=per_reference,
+        reference=reference,
+        row=row.gather(0, reference[None])[0],
+        column=column.gather(0, reference[None])[0],
+        per_reference=(1 - similarity).clamp(0, 2),
     )
-
-
-def _best_match_anywhere(query: Tensor, references: Tensor) -> Match:
-    """The same for a window that covers the map from any of its cells, whose shifts would be too many."""
-    height, width = query.shape[-2:]
-    cells = query.flatten(1).T
-    values, places = [], []
-    for reference in references.flatten(2):
-        found = [(some @ reference).max(1) for some in cells.split(PIECE)]
-        values.append(torch.cat([one.values for one in found]))
-        places.append(torch.cat([one.indices for one in found]))
-    similarities = torch.stack(values).unflatten(1, (height, width))
-    best = similarities.max(0)
-    place = torch.stack(places).unflatten(1, (height, width)).gather(0, best.indices[None])[0]
-    return Match(
-        distance=(1 - best.values).clamp(0, 2),
-        reference=best.indices,
-        row=place // width,
-        column=place % width,
-        per_reference=(1 - similarities).clamp(0, 2),
-    )
-
-
-def _match_on_the_whole(model: CprModel, query: Tensor, references: Tensor, match: Match) -> Match:
-    """Match of the coarse scale among those references that count there, with distances to all of them."""
-    ranks = ranks_on_the_whole(match.per_reference[None])[0].sort().values
-    found = best_match(query, stored_descriptors(model, 1, references[ranks]), model.window_sizes[1])
-    return replace(found, reference=ranks[found.reference], per_reference=match.per_reference)
 
 
 def peaks(anomaly_map: Tensor, count: int) -> list[tuple[int, int]]:
@@ -266,12 +301,12 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     usual = usual_distances(bank.histograms, copies)
 
     queries = [query[0] for query in model.describe(features)]
-    matches = [
-        best_match(query, stored_descriptors(model, scale, references), window)
-        for scale, (query, window) in enumerate(zip(queries, model.window_sizes, strict=True))
-    ]
-    if model.unaligned_matching and len(references) > ON_THE_WHOLE:
-        matches[1] = _match_on_the_whole(model, queries[1], references, matches[1])
+    matches = best_matches(
+        queries,
+        [stored_descriptors(model, scale, references) for scale in (0, 1)],
+        model.window_sizes,
+        on_the_whole=model.unaligned_matching,
+    )
     shown = [match.distance for match in matches]
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
@@ -430,15 +465,34 @@ def _distances_on_good_parts(
         return []
     distances = _distances_to_others(histograms, references, copies)
     neighbours = distances.topk(min(model.k, len(histograms) - copies), dim=1, largest=False).indices
-    radius, (row, column) = model.window_sizes[level] // 2, cell
+    row, column = cell
+    radius = model.window_sizes[level] // 2
     rows = slice(max(0, row - radius), row + radius + 1)
     columns = slice(max(0, column - radius), column + radius + 1)
+    below = level == 0 and all(map(covers, model.window_sizes, model.bank.descriptors))
     found = []
-    own = stored_descriptors(model, level, references, slice(row, row + 1), slice(column, column + 1))[..., 0, 0]
-    for patch, others in zip(own, neighbours, strict=True):
-        window_cells = stored_descriptors(model, level, others, rows, columns)
-        found.append(float((1 - torch.einsum("c,kchw->khw", patch, window_cells).max()).clamp(0, 2)))
+    for image, others in zip(references.split(1), neighbours, strict=True):
+        patch = _descriptor_of(model, level, image, row, column)
+        if below:
+            parent = _descriptor_of(model, 1, image, row // 2, column // 2)
+            cells = _cells_below_matches(model, parent, others)
+        else:
+            cells = stored_descriptors(model, level, others, rows, columns).flatten(2)
+        found.append(float((1 - torch.einsum("c,kcn->kn", patch, cells).max()).clamp(0, 2)))
     return found
+
+
+def _descriptor_of(model: CprModel, level: int, image: Tensor, row: int, column: int) -> Tensor:
+    """Descriptor of one cell of an image of the gallery: ``(channels,)``."""
+    return stored_descriptors(model, level, image, slice(row, row + 1), slice(column, column + 1)).flatten()
+
+
+def _cells_below_matches(model: CprModel, parent: Tensor, others: Tensor) -> Tensor:
+    """Of some images, the cells of stride 4 where a descriptor of stride 8 finds its match: ``(k, channels, 16)``."""
+    coarse = stored_descriptors(model, 1, others)
+    places = torch.einsum("c,kcn->kn", parent, coarse.flatten(2)).argmax(1)
+    around = cells_around(coarse.shape[-2], coarse.shape[-1]).to(places.device)[places]
+    return stored_descriptors(model, 0, others).flatten(2).gather(2, around[:, None].expand(-1, coarse.shape[1], -1))
 
 
 def _judge(scales: Sequence[PatchAtScale], own: float, others: float, unlike: float) -> tuple[str, str]:

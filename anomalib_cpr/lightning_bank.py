@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .lightning_preparation import Preparation
+from .matching import WHOLE_MAP
 from .matching_choice import (
     ASKED_IMAGES,
     CLEAR_CONTRAST,
@@ -21,13 +22,10 @@ from .matching_choice import (
     WEAK_OPACITY,
     Evidence,
     Matching,
-    best_of,
     candidates,
     choose,
     compare_matchings,
     is_anywhere,
-    is_clearly_better,
-    more_anywhere,
 )
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
 # up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
 # up to 7 distances were absolute, and outlines knew nothing of the largest value of the image; up to 8 descriptors were
 # not averaged; up to 9 unaligned matching took all references at the coarse scale.
-CHECKPOINT_FORMAT = 10
+CHECKPOINT_FORMAT = 11
 
 
 class BankInCheckpoints(Preparation):
@@ -133,8 +131,6 @@ class BankInCheckpoints(Preparation):
         found = self._compare_matchings(data, in_bank, options, alone=alone)
         if not found:
             return
-        if more and whole_map and is_clearly_better(found[options[-1]], best_of(found[one] for one in options[:-1])):
-            found |= self._compare_matchings(data, in_bank, more_anywhere(options[-1], available), alone=alone)
         chosen = choose(found)
         self._match_as(chosen)
         others = "; ".join(f"{matching}: {evidence}" for matching, evidence in found.items() if matching != chosen)
@@ -143,7 +139,7 @@ class BankInCheckpoints(Preparation):
             f"good image, which is {found[chosen].separation:.1f} standard deviations of good images ({others}; the "
             f"usual one is left for {CLEAR_CONTRAST:g} times the former or {CLEAR_SEPARATION:g} times the latter). "
             "Overrule it with k and window_sizes."
-            + (" The whole map is slow without a GPU, in proportion to k." if is_anywhere(chosen) else "")
+            + (" The whole map takes long without a GPU, in proportion to k." if is_anywhere(chosen) else "")
         )
 
     def _compare_matchings(
@@ -213,6 +209,11 @@ class BankInCheckpoints(Preparation):
             rank_zero_warn(
                 f"This checkpoint is of a version that took all {self.model.k} references at the coarse scale, where "
                 f"now {ON_THE_WHOLE} count: maps and scores differ, and its thresholds fit them worse. Train anew."
+            )
+        if own.get("format", 1) < 11 and min(self.model.window_sizes) >= WHOLE_MAP:
+            rank_zero_warn(
+                "This checkpoint is of a version that searched the whole map for patches of stride 4 too, where now "
+                "those of stride 8 lead there: maps and scores differ, and its thresholds fit them worse. Train anew."
             )
         # The trainer reads a checkpoint after `setup`, but before it asks for data.
         if trainer is not None and not trainer.predicting:

@@ -5,7 +5,8 @@ There are four ways with one result:
 
 - :func:`match_shifts` is the definition: a running maximum over shifts. It runs anywhere and exports.
 - :func:`match_cells` is for CPUs: matrix products of cache-sized pieces.
-- :func:`match_everywhere` is for a window that covers the map, for parts that lie anywhere.
+- :func:`match_everywhere` is for a window that covers the map. Where those of both scales do, for parts that lie
+  anywhere, :func:`anomalib_cpr.coarse_to_fine.match_coarse_to_fine` takes its place.
 - :func:`anomalib_cpr.fused_matching.match_fused` is for GPUs, on request: one Triton kernel.
 """
 
@@ -63,7 +64,7 @@ def match(
     """
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
-    if window // 2 >= max(query.shape[-2:]) - 1 and window > 1:
+    if covers(window, query):
         similarity = match_everywhere(query, gallery, references, scales)
     elif fused and not is_traced() and gallery.device == query.device:
         from .fused_matching import match_fused  # noqa: PLC0415 - Triton is optional
@@ -75,6 +76,19 @@ def match(
         similarity = match_shifts(query, gallery, references, window, scales)
     # Rounding may push a perfect match a little above 1; what matches nowhere has -2.
     return 1 - similarity.clamp(-1, 1)
+
+
+def covers(window: int, cells: Tensor) -> bool:
+    """Whether a window covers the map from any of its cells.
+
+    Args:
+        window (int): Its side, in cells.
+        cells (Tensor): A map, ``(..., height, width)``.
+
+    Returns:
+        bool: False for a single cell: it is compared with its own place.
+    """
+    return window > 1 and window // 2 >= max(cells.shape[-2:]) - 1
 
 
 def match_shifts(
@@ -101,7 +115,7 @@ def match_shifts(
     nothing = query.new_full((), -2.0)
     found = []
     for chosen in references.split(_at_a_time(query, references.shape[1]), dim=1):
-        some = _references(gallery, scales, chosen, query)
+        some = stored_references(gallery, scales, chosen, query)
         best = nothing
         for down, right in shifts:
             best = torch.maximum(best, _shifted_similarity(query, some, down, right, height, width))
@@ -117,8 +131,18 @@ def _at_a_time(query: Tensor, k: int) -> int:
     return max(1, min(few, STEP_BYTES // (query.element_size() * query.numel())))
 
 
-def _references(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: Tensor) -> Tensor:
-    """References of each query, as unit vectors on its device: ``(batch, count, channels, height, width)``."""
+def stored_references(gallery: Tensor, scales: Tensor | None, chosen: Tensor, query: Tensor) -> Tensor:
+    """References of each query, as unit vectors on its device.
+
+    Args:
+        gallery (Tensor): Descriptors of all images, in any type that the reference bank has.
+        scales (Tensor | None): Factors of an int8 gallery.
+        chosen (Tensor): Indices into the gallery, on its device, ``(batch, count)``.
+        query (Tensor): Descriptors of the queries, ``(batch, channels, height, width)``.
+
+    Returns:
+        Tensor: Of the type of the query, ``(batch, count, channels, height, width)``.
+    """
     # In this order: gathered first, then moved and converted, so that a large bank is never touched as a whole.
     every = chosen.flatten()
     factors = None if scales is None else scales[every].to(query.device)
@@ -142,7 +166,7 @@ def match_everywhere(query: Tensor, gallery: Tensor, references: Tensor, scales:
     references = references.to(gallery.device)
     found = []
     for k in range(references.shape[1]):
-        cells = _references(gallery, scales, references[:, k : k + 1], query)[:, 0].flatten(2)
+        cells = stored_references(gallery, scales, references[:, k : k + 1], query)[:, 0].flatten(2)
         found.append(torch.cat([torch.bmm(piece, cells).amax(2) for piece in pieces], dim=1))
     return torch.stack(found, dim=1).unflatten(2, (height, width))
 
@@ -152,8 +176,19 @@ def _piece(query: Tensor) -> int:
     if is_traced():
         return PIECE
     batch, _, height, width = query.shape
-    most = CHUNK_BYTES if query.device.type == "cpu" else STEP_BYTES
-    return max(1, most // (query.element_size() * batch * height * width))
+    return max(1, chunk_bytes(query) // (query.element_size() * batch * height * width))
+
+
+def chunk_bytes(query: Tensor) -> int:
+    """What a CPU's cache, or a step on a GPU, has room for.
+
+    Args:
+        query (Tensor): On the device in question.
+
+    Returns:
+        int: Bytes.
+    """
+    return CHUNK_BYTES if query.device.type == "cpu" else STEP_BYTES
 
 
 def _shifts(window: int, side: int) -> range:

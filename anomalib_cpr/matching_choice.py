@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .alignment import spread
+from .coarse_to_fine import match_scales
 from .global_retrieval import histogram_distance
-from .matching import WHOLE_MAP, match
+from .matching import WHOLE_MAP
 from .scoring_settings import PAPER_SETTINGS
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .torch_model import CprModel, full_precision
@@ -33,7 +34,7 @@ MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that 
 CLEAR_CONTRAST = 1.25
 CLEAR_SEPARATION = 1.5
 ALMOST = 0.25  # of a step below the best, at which fewer references will do: half of them take half the time
-# The whole map takes about ninety times as long as windows do.
+# The whole map takes about ten times as long as windows do.
 MOST_ANYWHERE = 40
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
@@ -134,35 +135,25 @@ def candidates(usual: Matching, available: int, *, more_references: bool, whole_
     Args:
         usual (Matching): What is taken without evidence.
         available (int): How many references an image of the training can have: all but itself.
-        more_references (bool): Ask for twice as many, again and again, up to 80 or all.
-        whole_map (bool): Ask for the usual number over the whole map.
+        more_references (bool): Ask for twice as many, again and again, up to 80 or all; over the whole map to 40.
+        whole_map (bool): Ask for the whole map as well.
 
     Returns:
-        list[Matching]: The usual one first.
+        list[Matching]: The usual one first, those over the whole map last.
     """
-    found = [usual, *(_doubled(usual, min(available, MOST_REFERENCES)) if more_references else [])]
-    return [*found, Matching(usual.k, (WHOLE_MAP, WHOLE_MAP))] if whole_map else found
-
-
-def more_anywhere(whole_map: Matching, available: int) -> list[Matching]:
-    """Twice as many references over the whole map, again and again, up to 40 or all.
-
-    Args:
-        whole_map (Matching): What has been asked for.
-        available (int): How many references an image of the training can have.
-
-    Returns:
-        list[Matching]: Without the one that has been asked for.
-    """
-    return _doubled(whole_map, min(available, MOST_ANYWHERE))
+    found = _doubled(usual, min(available, MOST_REFERENCES) if more_references else usual.k)
+    if whole_map:
+        anywhere = Matching(usual.k, (WHOLE_MAP, WHOLE_MAP))
+        found += _doubled(anywhere, min(available, MOST_ANYWHERE) if more_references else usual.k)
+    return found
 
 
 def _doubled(matching: Matching, most: int) -> list[Matching]:
-    """Twice as many references, again and again, up to ``most``."""
+    """A matching, and with twice as many references, again and again, up to ``most``."""
     found = [matching]
     while found[-1].k < most:
         found.append(matching._replace(k=min(2 * found[-1].k, most)))
-    return found[1:]
+    return found
 
 
 def is_anywhere(matching: Matching) -> bool:
@@ -180,10 +171,10 @@ def is_anywhere(matching: Matching) -> bool:
 def choose(found: Mapping[Matching, Evidence]) -> Matching:
     """What is clearly better than the usual matching, with no more references than it takes.
 
-    The whole map, which takes about ninety times as long, has to be clearly better than windows with any number.
+    The whole map, which takes about ten times as long, has to be clearly better than windows with any number.
 
     Args:
-        found (Mapping[Matching, Evidence]): Of :func:`candidates`, in their order, and of :func:`more_anywhere`.
+        found (Mapping[Matching, Evidence]): Of :func:`candidates`, in their order.
 
     Returns:
         Matching: One of them.
@@ -270,10 +261,9 @@ def _scores(
         own = model.foreground_estimator(features[0].float())
         foregrounds = torch.cat([own, model.bank.foregrounds_of(references)], dim=1)
         for windows, ways in groupby(options, key=lambda option: option.window_sizes):
-            gallery = list(zip(descriptors, model.bank.descriptors, windows, model.bank.scales, strict=True))
             asked = list(ways)
             chosen = references[:, : max(option.k for option in asked)]
-            found = [match(query, held, chosen, window, scale) for query, held, window, scale in gallery]
+            found = match_scales(descriptors, model.bank.descriptors, chosen, windows, model.bank.scales)
             for option in asked:  # the matches with ten references are among those with twenty
                 nearest = [distance[:, : option.k] for distance in found]
                 own_foregrounds = foregrounds[:, : 1 + nearest[0].shape[1]]

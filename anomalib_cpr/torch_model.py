@@ -10,10 +10,10 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
+from .coarse_to_fine import match_scales
 from .feature_extractor import STRIDES, FeatureExtractor
 from .foreground import ForegroundEstimator
 from .global_retrieval import GlobalRetriever
-from .matching import match
 from .metric_head import MetricHead
 from .quantisation import is_traced
 from .reference_bank import BankDtype, ReferenceBank
@@ -238,12 +238,9 @@ class CprModel(nn.Module):
         Returns:
             list[Tensor]: Distances 0..2, ``(batch, k, height_i, width_i)``.
         """
-        return [
-            match(query, gallery, references, window, scales, fused=self.fused_matching)
-            for query, gallery, window, scales in zip(
-                queries, self.bank.descriptors, self.window_sizes, self.bank.scales, strict=True
-            )
-        ]
+        return match_scales(
+            queries, self.bank.descriptors, references, self.window_sizes, self.bank.scales, fused=self.fused_matching
+        )
 
     def score(self, distances: Sequence[Tensor], foregrounds: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.

@@ -359,17 +359,32 @@ def test_a_checkpoint_of_format_1(checkpoints, datamodule, tmp_path):
     WAYS["test"](path, make(), datamodule)
 
 
-@pytest.mark.parametrize(("unaligned", "k", "warned"), [(True, 11, True), (True, 10, False), (False, 11, False)])
-def test_a_checkpoint_of_format_9_whose_maps_are_others_today(checkpoints, tmp_path, unaligned, k, warned):
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (
+            {"format": 9, "unaligned_matching": True, "k": 11},
+            "took all 11 references at the coarse scale, where now 10",
+        ),
+        ({"format": 10, "unaligned_matching": True, "k": 11}, None),
+        ({"format": 9, "unaligned_matching": True, "k": 10}, None),
+        ({"format": 9, "k": 11}, None),
+        ({"format": 10, "window_sizes": [999, 999]}, "searched the whole map for patches of stride 4 too"),
+        ({"format": 11, "window_sizes": [999, 999]}, None),
+        ({"format": 10, "window_sizes": [3, 999]}, None),
+    ],
+)
+def test_a_checkpoint_whose_maps_are_others_today(checkpoints, tmp_path, own, words):
     content = torch.load(checkpoints["float32"], weights_only=True)
-    content["cpr"] |= {"format": 9, "unaligned_matching": unaligned, "coherent_matching": False, "k": k}
-    content["hyper_parameters"]["k"] = None
+    content["cpr"] |= {"coherent_matching": False, **own}
+    content["hyper_parameters"] |= {"k": None, "window_sizes": None}
     path = tmp_path / "x.ckpt"
     torch.save(content, path)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         Cpr.load_from_checkpoint(path)
-    assert any("took all 11 references at the coarse scale, where now 10" in str(one.message) for one in seen) is warned
+    about_maps = [str(one.message) for one in seen if "maps and scores differ" in str(one.message)]
+    assert [words in message for message in about_maps] == [True] if words else not about_maps
 
 
 @pytest.mark.parametrize(

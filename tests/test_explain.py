@@ -16,10 +16,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cpr import Cpr, ExplanationVisualizer, explain_picture
 from anomalib_cpr.cli import main
+from anomalib_cpr.coarse_to_fine import match_scales
 from anomalib_cpr.explain import (
     PatchAtScale,
     _judge,
     best_match,
+    best_matches,
     explain,
     foreground_in_use,
     load,
@@ -123,11 +125,51 @@ def test_explanation_is_made_of_what_the_model_predicts(run, query):
     torch.testing.assert_close(lower_the_rest(outlined)[0, 0], found.anomaly_map, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("height", "width", "k", "on_the_whole"), [(3, 5, 4, 10), (4, 4, 1, 10), (3, 2, 5, 2)])
+def test_best_matches_over_the_whole_map_are_those_from_coarse_to_fine(height, width, k, on_the_whole, monkeypatch):
+    monkeypatch.setattr("anomalib_cpr.unaligned.ON_THE_WHOLE", on_the_whole)
+    generator = torch.Generator().manual_seed(height * width)
+    sizes = [(2 * height, 2 * width), (height, width)]
+    galleries = [F.normalize(torch.randn(6, 5, *size, generator=generator), dim=1) for size in sizes]
+    queries = [F.normalize(torch.randn(5, *size, generator=generator), dim=0) for size in sizes]
+    chosen = torch.randperm(6, generator=generator)[:k]
+    windows = (999, 999)
+    found = best_matches(queries, [gallery[chosen] for gallery in galleries], windows, on_the_whole=True)
+    expected = match_scales([query[None] for query in queries], galleries, chosen[None], windows, (None, None))
+    for one, distances, query, gallery in zip(found, expected, queries, galleries, strict=True):
+        torch.testing.assert_close(one.per_reference, distances[0], atol=1e-6, rtol=0)
+        there = gallery[chosen][one.reference, :, one.row, one.column].permute(2, 0, 1)
+        torch.testing.assert_close(one.distance, 1 - (there * query).sum(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0].distance, expected[0][0].amin(0))
+    kept = expected[1][0].mean((1, 2)).argsort()[:on_the_whole]
+    torch.testing.assert_close(found[1].distance, expected[1][0][kept].amin(0))
+
+
+@pytest.mark.parametrize("unaligned", [True, False])
+def test_explanation_of_matching_over_the_whole_map(run, query, unaligned):
+    model = load(run[2], torch.device("cpu")).model
+    model.coherent_matching, model.unaligned_matching, model.window_sizes = False, unaligned, (999, 999)
+    found = explain(model, query[1])
+    references = torch.tensor([found.references])
+    queries = model.describe(model.feature_extractor(query[1]))
+    for one, expected in zip(found.matches, model.match(queries, references), strict=True):
+        torch.testing.assert_close(one.per_reference, expected[0], atol=1e-5, rtol=0)
+    # What good parts show is what they are scored by: each as a query, with its own references.
+    patch = found.patches[0]
+    for number, image in enumerate(found.references):
+        own = [held[image : image + 1].float() for held in model.bank.descriptors]
+        distances = histogram_distance(model.bank.histograms[image : image + 1], model.bank.histograms)
+        distances[0, image] = torch.inf
+        matched = model.match(own, distances.topk(3, largest=False).indices)
+        for scale, distance in zip(patch.scales, matched, strict=True):
+            row, column = scale.cell
+            assert scale.on_good_parts[number] == pytest.approx(float(distance[0, :, row, column].amin()), abs=1e-5)
+
+
 @pytest.mark.parametrize("on_the_whole", [10, 2])
 @pytest.mark.parametrize("relative", [True, False])
 def test_explanation_of_unaligned_matching(run, query, relative, on_the_whole, monkeypatch):
-    for module in ("explain", "unaligned"):
-        monkeypatch.setattr(f"anomalib_cpr.{module}.ON_THE_WHOLE", on_the_whole)
+    monkeypatch.setattr("anomalib_cpr.unaligned.ON_THE_WHOLE", on_the_whole)
     model = load(run[2], torch.device("cpu")).model
     model.coherent_matching, model.unaligned_matching, model.relative_to_image = False, True, relative
     found = explain(model, query[1])

@@ -67,6 +67,15 @@ def unaligned(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def anywhere(checkpoint, tmp_path_factory):
+    """A model that searches the whole map, and its exported files."""
+    folder = tmp_path_factory.mktemp("anywhere")
+    arguments = {"unaligned_matching": True, "window_sizes": [999, 999], "k": 4}
+    model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, **arguments)
+    return model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
+
+
+@pytest.fixture(scope="module")
 def image_paths(mvtec_root):
     return sorted((mvtec_root / "screw" / "test").rglob("*.png"), reverse=True)  # defects first
 
@@ -108,8 +117,9 @@ def test_any_batch_and_any_size(model, files, image_paths, form, batch, size):
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 @pytest.mark.parametrize(("batch", "size"), [(1, (64, 64)), (5, (50, 70))])
-def test_textures_and_loose_parts(model, unaligned, image_paths, form, batch, size):
-    matched, files = unaligned
+@pytest.mark.parametrize("matching", ["unaligned", "anywhere"])
+def test_textures_and_loose_parts(model, unaligned, anywhere, image_paths, matching, form, batch, size):
+    matched, files = {"unaligned": unaligned, "anywhere": anywhere}[matching]
     images = images_of(image_paths, batch, size)
     assert_like(matched, files[form], images)
     assert matched.model.unaligned_matching
@@ -223,12 +233,12 @@ def test_failed_export_leaves_the_model_as_it_was(model, tmp_path):
     assert model.model.metric_heads[0][0].weight.requires_grad
 
 
-@pytest.mark.parametrize("matching", ["aligned", "unaligned"])
-def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files, unaligned, matching):
+@pytest.mark.parametrize("matching", ["aligned", "unaligned", "anywhere"])
+def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files, unaligned, anywhere, matching):
     core = ov.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
-    path = {"aligned": files, "unaligned": unaligned[1]}[matching]["openvino"]
+    path = {"aligned": files, "unaligned": unaligned[1], "anywhere": anywhere[1]}[matching]["openvino"]
     compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     rounded = [
         operation.get_friendly_name()
@@ -238,10 +248,10 @@ def test_openvino_computes_in_float32_also_where_the_cpu_prefers_bfloat16(files,
     assert rounded == []
 
 
-@pytest.mark.parametrize("matching", ["aligned", "unaligned"])
-def test_openvino_finds_nothing_to_rewrite(files, unaligned, matching):
+@pytest.mark.parametrize("matching", ["aligned", "unaligned", "anywhere"])
+def test_openvino_finds_nothing_to_rewrite(files, unaligned, anywhere, matching):
     """What its CPU plugin rewrites, it may compute in bfloat16, where the CPU has that; seen on any CPU."""
-    path = {"aligned": files, "unaligned": unaligned[1]}[matching]["openvino"]
+    path = {"aligned": files, "unaligned": unaligned[1], "anywhere": anywhere[1]}[matching]["openvino"]
     operations = ov.Core().read_model(path).get_ops()
     assert {op.get_type_name() for op in operations}.isdisjoint({"Divide", "Subtract", "Unsqueeze"})
     versions = {op.get_type_name(): op.get_type_info().version_id for op in operations}

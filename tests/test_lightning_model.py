@@ -122,9 +122,9 @@ USUAL, WHOLE, ALL_OF_WHOLE = Matching(10, (3, 1)), Matching(10, (999, 999)), Mat
     [
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.4, ALL_OF_WHOLE: 1.35}, WHOLE),
         ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.6, ALL_OF_WHOLE: 1.9}, ALL_OF_WHOLE),
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4}, Matching(13, (3, 1))),
-        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
-        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2}, Matching(13, (3, 1))),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.3, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, Matching(13, (3, 1))),
+        ({}, 3.0, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2, ALL_OF_WHOLE: 1.3}, Matching(13, (3, 1))),
+        ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.4, WHOLE: 1.2, ALL_OF_WHOLE: 1.3}, Matching(13, (3, 1))),
         ({}, 1.2, {USUAL: 1.0, Matching(13, (3, 1)): 1.1, WHOLE: 1.4, ALL_OF_WHOLE: 1.5}, ALL_OF_WHOLE),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.4}, Matching(13, (3, 1))),
         ({}, 1.05, {USUAL: 1.0, Matching(13, (3, 1)): 1.2}, USUAL),
@@ -169,9 +169,7 @@ def test_references_and_windows_are_chosen_by_evidence(
         asked.append("compares")
         assert weak.blend == WEAK_OPACITY
         assert len(model.bank) == len(images) == len(in_bank) == 14, "once the heads are trained"
-        if options == [ALL_OF_WHOLE]:
-            return {ALL_OF_WHOLE: Evidence(values[ALL_OF_WHOLE], 2 * values[ALL_OF_WHOLE] ** 2)}
-        assert list(options) == [one for one in values or [USUAL, Matching(13, (3, 1))] if one != ALL_OF_WHOLE]
+        assert list(options) == list(values or [USUAL, Matching(13, (3, 1))])
         return {option: Evidence(values[option], 2 * values[option] ** 2) for option in options} if values else {}
 
     for module in (lightning_preparation, lightning_bank):
@@ -188,8 +186,7 @@ def test_references_and_windows_are_chosen_by_evidence(
     assert model.model.coherent_matching is given.get("coherent_matching", aligned), "not for loose parts"
     assert model.model.unaligned_matching is (looks == 3.0)
     assert model.model.averaged_descriptors is (looks == 3.0), "only of loose parts"
-    compares = 0 if values == "not asked" else 2 if ALL_OF_WHOLE in (values or {}) else 1
-    assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] * compares)]
+    assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)

@@ -17,7 +17,6 @@ from anomalib_cpr.matching_choice import (
     evidence_of,
     is_anywhere,
     is_clearly_better,
-    more_anywhere,
     steps_ahead,
 )
 from anomalib_cpr.training_images import TrainingImages, with_turned_copies
@@ -42,21 +41,24 @@ def test_evidence_of_images_that_are_their_references_is_finite():
 
 
 @pytest.mark.parametrize(
-    ("k", "available", "more", "whole", "expected"),
+    ("k", "available", "more", "whole", "in_windows", "anywhere"),
     [
-        (10, 319, True, False, [10, 20, 40, 80]),
-        (10, 59, True, False, [10, 20, 40, 59]),
-        (10, 40, True, False, [10, 20, 40]),
-        (10, 11, True, False, [10, 11]),
-        (10, 10, True, False, [10]),
-        (10, 319, False, True, [10, None]),
-        (10, 30, True, True, [10, 20, 30, None]),
-        (30, 319, False, False, [30]),
+        (10, 319, True, False, [10, 20, 40, 80], []),
+        (10, 59, True, False, [10, 20, 40, 59], []),
+        (10, 40, True, False, [10, 20, 40], []),
+        (10, 11, True, False, [10, 11], []),
+        (10, 10, True, False, [10], []),
+        (10, 319, False, True, [10], [10]),
+        (10, 319, True, True, [10, 20, 40, 80], [10, 20, 40]),
+        (10, 30, True, True, [10, 20, 30], [10, 20, 30]),
+        (50, 319, True, True, [50, 80], [50]),
+        (3, 5, True, True, [3, 5], [3, 5]),
+        (30, 319, False, False, [30], []),
     ],
 )
-def test_candidates(k, available, more, whole, expected):
+def test_candidates(k, available, more, whole, in_windows, anywhere):
     found = candidates(Matching(k, WINDOWS), available, more_references=more, whole_map=whole)
-    assert found == [Matching(k, WHOLE) if one is None else Matching(one, WINDOWS) for one in expected]
+    assert found == [Matching(one, WINDOWS) for one in in_windows] + [Matching(one, WHOLE) for one in anywhere]
 
 
 @pytest.mark.parametrize(
@@ -100,14 +102,6 @@ def test_choice(windows, anywhere, expected):
     found |= {Matching(k, WHOLE): Evidence(*values) for k, values in anywhere.items()}
     k, _, where = str(expected).partition(" ")
     assert choose(found) == Matching(int(k), WHOLE if where else WINDOWS)
-
-
-@pytest.mark.parametrize(
-    ("k", "available", "expected"),
-    [(10, 319, [20, 40]), (10, 30, [20, 30]), (10, 11, [11]), (10, 10, []), (50, 319, []), (3, 5, [5])],
-)
-def test_more_references_over_the_whole_map(k, available, expected):
-    assert more_anywhere(Matching(k, WHOLE), available) == [Matching(one, WHOLE) for one in expected]
 
 
 @pytest.mark.parametrize(
