@@ -200,6 +200,31 @@ def test_references_and_windows_are_chosen_by_evidence(
     assert (overruled.model.k, overruled.model.window_sizes) == (4, (1, 1))
 
 
+def test_a_resumed_training_decides_anew(engine, tiny_model, monkeypatch, tmp_path):
+    """It went on without coherent matching, where the checkpoint had searched the whole map."""
+    root = write_mvtec(tmp_path / "data", train=14)
+    datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
+    best = WHOLE
+
+    def compare(_model, _images, _in_bank, _weak, _generator, options, _track):
+        return {option: Evidence(2.0 if option == best else 1.0, 5.0) for option in options}
+
+    for module in (lightning_preparation, lightning_bank):
+        monkeypatch.setattr(module, "ENOUGH_IMAGES", 6)
+    monkeypatch.setattr(lightning_preparation, "looseness", lambda *_: 1.2)
+    monkeypatch.setattr(lightning_bank, "compare_matchings", compare)
+    decided = []
+    for steps in (1, 2):
+        model = tiny_model(k=None)
+        model.model.feature_extractor.weights_loaded.fill_(True)
+        model.model.pre_trained = True  # random weights in fact
+        checkpoints = [*tmp_path.rglob("model.ckpt")]
+        engine(max_steps=steps).fit(model, datamodule=datamodule, ckpt_path=checkpoints[0] if checkpoints else None)
+        decided.append((model.model.window_sizes, model.model.coherent_matching))
+        best = USUAL
+    assert decided == [((999, 999), False), ((3, 1), True)]
+
+
 def test_a_checkpoint_brings_its_k_its_windows_its_blur_and_its_outlines(engine, tiny_model, tiny_datamodule, tmp_path):
     """To whoever names none: the threshold in it belongs to them. As do the authors' values to their checkpoints."""
     engine(max_steps=1).fit(
