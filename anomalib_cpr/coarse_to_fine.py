@@ -78,9 +78,8 @@ def match_coarse_to_fine(
     if references.shape[1] == 0:
         raise ValueError("No references to match with: k must be at least 1.")
     fine, coarse = queries
-    batch, channels, height, width = coarse.shape
+    height, width = coarse.shape[-2:]
     around = cells_around(height, width).to(coarse.device)
-    others = torch.arange(batch, device=coarse.device)[:, None, None] * (4 * height * width)
     step = _cells_at_a_time(coarse, around.shape[1])
     pieces = list(
         zip(
@@ -89,28 +88,42 @@ def match_coarse_to_fine(
             strict=True,
         )
     )
-    found_fine, found_coarse = [], []
+    fine_maps, coarse_maps = [], []
     for chosen in references.split(1, dim=1):
         fine_reference, coarse_reference = (
             stored_references(gallery, factors, chosen.to(gallery.device), query)[:, 0]
             for gallery, factors, query in zip(galleries, scales, queries, strict=True)
         )
-        coarse_cells = coarse_reference.flatten(2)
-        fine_cells = fine_reference.permute(0, 2, 3, 1).reshape(-1, channels)  # of all images of the batch
-        parents, children = [], []
-        for own, own_children in pieces:
-            similarity, place = largest(torch.bmm(own, coarse_cells).unflatten(2, (height, width)))
-            parents.append(similarity)
-            window = fine_cells.index_select(0, (around[place] + others).flatten())
-            window = window.unflatten(0, (-1, around.shape[1]))
-            best = torch.bmm(own_children.flatten(0, 1), window.transpose(1, 2)).amax(2)
-            children.append(best.unflatten(0, (batch, -1)))
-        found_coarse.append(torch.cat(parents, dim=1))
-        found_fine.append(torch.cat(children, dim=1))
-    coarse_map = torch.stack(found_coarse, dim=1).unflatten(2, (height, width))
-    fine_map = torch.stack(found_fine, dim=1).transpose(2, 3).unflatten(3, (height, width))  # (batch, k, 4, ...)
-    fine_map = F.pixel_shuffle(fine_map.flatten(0, 1), 2).unflatten(0, (batch, -1))[:, :, 0]
-    return [1 - similarity.clamp(-1, 1) for similarity in (fine_map, coarse_map)]
+        found = [_match_piece(*piece, fine_reference, coarse_reference, around) for piece in pieces]
+        children, parents = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        fine_maps.append(F.pixel_shuffle(children.transpose(1, 2).unflatten(2, (height, width)), 2))
+        coarse_maps.append(parents.unflatten(1, (1, height, width)))
+    return [1 - torch.cat(maps, dim=1).clamp(-1, 1) for maps in (fine_maps, coarse_maps)]
+
+
+def _match_piece(
+    own: Tensor, own_children: Tensor, fine: Tensor, coarse: Tensor, around: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Largest similarities of some cells and their children on one reference per query.
+
+    Args:
+        own (Tensor): Cells of stride 8, ``(batch, cells, channels)``.
+        own_children (Tensor): Those of stride 4 that they cover, ``(batch, cells, 4, channels)``.
+        fine (Tensor): The references at stride 4, ``(batch, channels, 2 * height, 2 * width)``.
+        coarse (Tensor): The same at stride 8, ``(batch, channels, height, width)``.
+        around (Tensor): Of :func:`cells_around`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Of the children, ``(batch, cells, 4)``, and of the cells, ``(batch, cells)``.
+    """
+    batch, channels = coarse.shape[:2]
+    similarity, place = largest(torch.bmm(own, coarse.flatten(2)).unflatten(2, coarse.shape[2:]))
+    # The references of a batch lie one after another, so that a single index finds a cell.
+    cells = fine.permute(0, 2, 3, 1).reshape(-1, channels)
+    firsts = torch.arange(batch, device=fine.device)[:, None, None] * (fine.shape[2] * fine.shape[3])
+    window = cells.index_select(0, (around[place] + firsts).flatten()).unflatten(0, (-1, around.shape[1]))
+    best = torch.bmm(own_children.flatten(0, 1), window.transpose(1, 2)).amax(2)
+    return best.unflatten(0, (batch, -1)), similarity
 
 
 def largest(similarity: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Matching from coarse to fine: against loops over cells."""
 
-from unittest import mock
-
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -71,7 +69,7 @@ def test_banks_of_few_bits():
     assert_same(match_coarse_to_fine(queries, packed, REFERENCES, (None, None)), slow(queries, restored, REFERENCES))
 
 
-class Matching(torch.nn.Module):
+class _CoarseToFine(torch.nn.Module):
     def forward(self, fine, coarse, fine_gallery, coarse_gallery, references):
         return match_coarse_to_fine((fine, coarse), (fine_gallery, coarse_gallery), references, (None, None))
 
@@ -80,7 +78,7 @@ class Matching(torch.nn.Module):
 def test_exported(piece, monkeypatch):
     monkeypatch.setattr(coarse_to_fine, "PIECE", piece)
     queries, galleries = make(3, 4, 2, seed=1), make(3, 4, 4)
-    exported = torch.export.export(Matching(), (*queries, *galleries, REFERENCES)).module()
+    exported = torch.export.export(_CoarseToFine(), (*queries, *galleries, REFERENCES)).module()
     assert_same(exported(*queries, *galleries, REFERENCES), slow(queries, galleries, REFERENCES))
 
 
@@ -137,5 +135,4 @@ def test_no_references():
 def test_what_a_gpu_holds_at_a_time():
     """Its step is larger, and is that of a whole batch."""
     coarse = torch.empty(64, 64, 40, 40, device="meta")
-    with mock.patch.object(matching, "STEP_BYTES", 256_000_000):
-        assert coarse_to_fine._cells_at_a_time(coarse, 16) == 256_000_000 // (4 * 64 * (1600 + 16 * 64))
+    assert coarse_to_fine._cells_at_a_time(coarse, 16) == matching.STEP_BYTES // (4 * 64 * (1600 + 16 * 64))
