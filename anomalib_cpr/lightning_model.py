@@ -59,8 +59,8 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         window_sizes (Sequence[int] | None): Side of the matching window at strides 4 and 8, in cells, odd; 999 is the
             whole map. At both strides, for parts that lie anywhere, patches of stride 8 are searched for over the whole
             map and those of stride 4 where these were found. None takes the paper's 3 and 1, or the whole map where the
-            training images may be of loose parts and it lets weak synthetic anomalies stand out most: it takes about
-            ten times as long to match.
+            training images may be of loose parts and it lets weak synthetic anomalies stand out most: matching then
+            takes about five times as long.
         blur_sigma (float | None): Of the Gaussian that smooths the map, in pixels. None means 2 in a training, and that
             of its training for a checkpoint.
         follow_edges (bool | None): Let the map follow the edges of the image in place of smoothing it, so that defects

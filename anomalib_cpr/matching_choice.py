@@ -34,7 +34,7 @@ MOST_REFERENCES = 80  # whose matching takes four to nine times as long as that 
 CLEAR_CONTRAST = 1.25
 CLEAR_SEPARATION = 1.5
 ALMOST = 0.25  # of a step below the best, at which fewer references will do: half of them take half the time
-# The whole map takes about ten times as long as windows do.
+# The whole map takes about five times as long as windows do.
 MOST_ANYWHERE = 40
 ENOUGH_IMAGES = 20  # of fewer, even aligned ones, some have no like
 
@@ -171,7 +171,7 @@ def is_anywhere(matching: Matching) -> bool:
 def choose(found: Mapping[Matching, Evidence]) -> Matching:
     """What is clearly better than the usual matching, with no more references than it takes.
 
-    The whole map, which takes about ten times as long, has to be clearly better than windows with any number.
+    The whole map, which takes about five times as long, has to be clearly better than windows with any number.
 
     Args:
         found (Mapping[Matching, Evidence]): Of :func:`candidates`, in their order.
