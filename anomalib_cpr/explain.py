@@ -144,28 +144,13 @@ class Explanation:
     patches: list[HotPatch]
 
 
-def best_match(query: Tensor, references: Tensor, window: int) -> Match:
-    """Compare every patch with every reference and every place of the window, and remember the best.
-
-    The same as :func:`anomalib_cpr.matching.match`, without its economy.
-
-    Args:
-        query (Tensor): Unit descriptors of shape ``(channels, height, width)``.
-        references (Tensor): Unit descriptors of shape ``(k, channels, height, width)``.
-        window (int): Side of the window in cells, odd.
-
-    Returns:
-        Match: Distances and positions. Of equally good matches the nearest reference wins.
-    """
-    return _nearest(*_search(query, references, window))
-
-
 def best_matches(
     queries: Sequence[Tensor], references: Sequence[Tensor], windows: Sequence[int], on_the_whole: bool = False
 ) -> list[Match]:
-    """The same for both scales, from coarse to fine where both windows cover the map.
+    """Compare every patch with every reference and every place of the window, and remember the best.
 
-    As :func:`anomalib_cpr.coarse_to_fine.match_scales`, without its economy.
+    The same as :func:`anomalib_cpr.coarse_to_fine.match_scales`, without its economy: from coarse to fine where both
+    windows cover the map.
 
     Args:
         queries (Sequence[Tensor]): Unit descriptors of strides 4 and 8, ``(channels, height_i, width_i)``.
@@ -174,7 +159,7 @@ def best_matches(
         on_the_whole (bool): At stride 8, the best match lies on one of those references that fit as a whole.
 
     Returns:
-        list[Match]: Of strides 4 and 8.
+        list[Match]: Distances and positions, of strides 4 and 8. Of equally good matches the nearest reference wins.
     """
     similarity, row, column = _search(queries[1], references[1], windows[1])
     if all(covers(window, query) for window, query in zip(windows, queries, strict=True)):
@@ -234,10 +219,9 @@ def _search_below(query: Tensor, references: Tensor, parents: Tensor) -> tuple[T
 
 def _nearest(similarity: Tensor, row: Tensor, column: Tensor, ranks: Tensor | None = None) -> Match:
     """The best of the matches on each reference, or on some of them."""
-    if ranks is None:
-        ranks = torch.arange(len(similarity), device=similarity.device)
-    best = similarity[ranks.sort().values].max(0)
-    reference = ranks.sort().values[best.indices]
+    ranks = torch.arange(len(similarity), device=similarity.device) if ranks is None else ranks.sort().values
+    best = similarity[ranks].max(0)
+    reference = ranks[best.indices]
     return Match(
         distance=(1 - best.values).clamp(0, 2),
         reference=reference,

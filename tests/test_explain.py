@@ -20,7 +20,6 @@ from anomalib_cpr.coarse_to_fine import match_scales
 from anomalib_cpr.explain import (
     PatchAtScale,
     _judge,
-    best_match,
     best_matches,
     explain,
     foreground_in_use,
@@ -81,11 +80,12 @@ def test_best_match_is_the_minimum_that_matching_finds_and_lies_where_it_says(he
     query = F.normalize(torch.randn(5, height, width, generator=generator), dim=0)
     references = torch.randperm(6, generator=generator)[:k]
 
-    found = best_match(query, gallery[references], window)
+    found, own_place = best_matches([query] * 2, [gallery[references]] * 2, [window, 1])
 
     expected = match(query[None], gallery, references[None], window)[0].amin(0)
     torch.testing.assert_close(found.distance, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.per_reference.amin(0), found.distance)
+    torch.testing.assert_close(own_place.per_reference, match(query[None], gallery, references[None], 1)[0])
     for row in range(height):
         for column in range(width):
             own, down, right = (int(value[row, column]) for value in (found.reference, found.row, found.column))

@@ -62,13 +62,13 @@ def test_random_models_are_not_degenerate(model):
 
 
 def test_a_wrong_matching_is_noticed(model, monkeypatch, capsys):
-    from anomalib_cpr import torch_model
+    from anomalib_cpr import coarse_to_fine
     from anomalib_cpr.speed_models import Row
 
     rows = [Row("naive", NaiveCpr(model), 64, [])]
     console = speed.Console()
     assert speed.compare(rows, Setting(64, 3, 20), CPU, console)
-    monkeypatch.setattr(torch_model, "match", lambda *arguments, **options: match(*arguments, **options) + 1e-3)
+    monkeypatch.setattr(coarse_to_fine, "match", lambda *arguments, **options: match(*arguments, **options) + 1e-3)
     assert not speed.compare(rows, Setting(64, 3, 20), CPU, console)
     assert "naive does not compute the same" in capsys.readouterr().out
 
