@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
 from .lightning_preparation import Preparation
-from .matching import WHOLE_MAP
 from .matching_choice import (
     ASKED_IMAGES,
     CLEAR_CONTRAST,
@@ -139,7 +138,11 @@ class BankInCheckpoints(Preparation):
             f"good image, which is {found[chosen].separation:.1f} standard deviations of good images ({others}; the "
             f"usual one is left for {CLEAR_CONTRAST:g} times the former or {CLEAR_SEPARATION:g} times the latter). "
             "Overrule it with k and window_sizes."
-            + (" The whole map takes long without a GPU, in proportion to k." if is_anywhere(chosen) else "")
+            + (
+                " The whole map takes long without a GPU, in proportion to k."
+                if is_anywhere(chosen.window_sizes)
+                else ""
+            )
         )
 
     def _compare_matchings(
@@ -159,7 +162,7 @@ class BankInCheckpoints(Preparation):
     def _match_as(self, matching: Matching) -> None:
         self.model.k, self.model.window_sizes = matching
         if "coherent_matching" not in self._given_settings:  # of what lies anywhere, neighbours share no reference
-            self.model.coherent_matching = self._coherent_in_windows and not is_anywhere(matching)
+            self.model.coherent_matching = self._coherent_in_windows and not is_anywhere(matching.window_sizes)
 
     # --- checkpoints
 
@@ -210,7 +213,7 @@ class BankInCheckpoints(Preparation):
                 f"This checkpoint is of a version that took all {self.model.k} references at the coarse scale, where "
                 f"now {ON_THE_WHOLE} count: maps and scores differ, and its thresholds fit them worse. Train anew."
             )
-        if own.get("format", 1) < 11 and min(self.model.window_sizes) >= WHOLE_MAP:
+        if own.get("format", 1) < 11 and is_anywhere(self.model.window_sizes):
             rank_zero_warn(
                 "This checkpoint is of a version that searched the whole map for patches of stride 4 too, where now "
                 "those of stride 8 lead there: maps and scores differ, and its thresholds fit them worse. Train anew."

@@ -15,8 +15,7 @@ from .alignment import LOOSE_ABOVE, MAYBE_LOOSE_ABOVE, looseness, spread, survey
 from .durable_checkpoint import save_checkpoints_durably
 from .feature_extractor import STRIDES
 from .kinds import DEFAULT_STEPS, PAPER_STEPS, Kind, kind_from_features, known_kind
-from .matching import WHOLE_MAP
-from .matching_choice import ENOUGH_IMAGES, USUAL_MATCHING
+from .matching_choice import ENOUGH_IMAGES, USUAL_MATCHING, is_anywhere
 from .memory import scarcity, smaller_bank
 from .preparation import ClusteringBackend, cluster_centres, collect_samples, describe_globally, estimate_foreground
 from .progress import progress_bar, stage
@@ -207,7 +206,7 @@ class Preparation(LightningModule):
         if not resumed:
             self._decide_on_alignment(aligned=self.resolved_kind == "object" and not self._loose)
         # Where the training goes on from a checkpoint that chose the whole map, only that ruled out coherent matching.
-        over_whole_map = min(self.model.window_sizes) >= WHOLE_MAP and not self.model.unaligned_matching
+        over_whole_map = is_anywhere(self.model.window_sizes) and not self.model.unaligned_matching
         self._coherent_in_windows = self.model.coherent_matching or over_whole_map
         if self.resolved_kind == "texture":
             synthesise.structure_probability = 0.0  # shuffled tiles of a texture are the texture

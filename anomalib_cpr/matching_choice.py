@@ -52,7 +52,7 @@ class Matching(NamedTuple):
 
     def __str__(self) -> str:
         """Say it in words."""
-        where = "over the whole map" if is_anywhere(self) else f"in windows of {list(self.window_sizes)}"
+        where = "over the whole map" if is_anywhere(self.window_sizes) else f"in windows of {list(self.window_sizes)}"
         return f"{self.k} references {where}"
 
 
@@ -156,16 +156,16 @@ def _doubled(matching: Matching, most: int) -> list[Matching]:
     return found
 
 
-def is_anywhere(matching: Matching) -> bool:
+def is_anywhere(window_sizes: Sequence[int]) -> bool:
     """Whether patches are searched for over the whole map.
 
     Args:
-        matching (Matching): How patches are matched.
+        window_sizes (Sequence[int]): Side of the windows at strides 4 and 8, in cells.
 
     Returns:
         bool: False if one of the scales has a window.
     """
-    return min(matching.window_sizes) >= WHOLE_MAP
+    return min(window_sizes) >= WHOLE_MAP
 
 
 def choose(found: Mapping[Matching, Evidence]) -> Matching:

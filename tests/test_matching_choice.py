@@ -108,7 +108,7 @@ def test_choice(windows, anywhere, expected):
     ("windows", "anywhere"), [((3, 1), False), ((999, 1), False), ((3, 999), False), ((999, 999), True)]
 )
 def test_what_is_anywhere(windows, anywhere):
-    assert is_anywhere(Matching(10, windows)) is anywhere
+    assert is_anywhere(windows) is anywhere
 
 
 @pytest.mark.parametrize(
