@@ -136,7 +136,7 @@ class Recalibrate(Callback):
         assert pl_module._training_data is not None  # noqa: S101, SLF001
         with torch.no_grad():
             for images in pl_module._training_data.images.batches(8, pl_module.device):  # noqa: SLF001
-                pl_module.model.describe(pl_module.model.feature_extractor(images))
+                pl_module.model.describe(pl_module.model.feature_extractor(images), images)
         pl_module.model.bank.clear()
         pl_module.build_bank()
 
@@ -247,6 +247,7 @@ REFERENCE = {
 AS_THE_PAPER: dict[str, Any] = {
     **PAPER_SETTINGS,
     "averaged_descriptors": False,
+    "colour_matching": False,
     "recoloured_anomalies": 0.0,
     "displaced_anomalies": 0.0,
     "centred_start": False,
@@ -288,6 +289,7 @@ VARIANTS = {
     "nearest reference and mean of scales, as the paper": Variant({"unaligned_matching": False}),
     "descriptors on their own, as the paper": Variant({"averaged_descriptors": False}),
     "averaged descriptors": Variant({"averaged_descriptors": True}),
+    "no colours, as the paper": Variant({"colour_matching": False}),
     "absolute distances, as the paper": Variant({"relative_to_image": False}),
     "boundaries of anomalies 4 times as often": Variant({"boundary_weight": 4.0}),
     "boundaries of anomalies 9 times as often": Variant({"boundary_weight": 9.0}),
@@ -366,6 +368,7 @@ def train_and_measure(name: str, category: str, seed: int, options: argparse.Nam
         "coherent_matching": model.model.coherent_matching,
         "unaligned_matching": model.model.unaligned_matching,
         "averaged_descriptors": model.model.averaged_descriptors,
+        "colour_matching": model.model.colour_matching,
         "relative_to_image": model.model.relative_to_image,
         "commit": options.commit or commit(),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,

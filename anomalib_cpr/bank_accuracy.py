@@ -172,7 +172,7 @@ def measure(
             pixels.append(F.interpolate(masks[:, None].float(), size, mode="bilinear")[:, 0].flatten() > 0.5)
             labels.append(label.flatten().long())
             features = model.feature_extractor(images)
-            queries = model.describe(features)
+            queries = model.describe(features, images)
             for bank, own_maps, own_scores in zip(banks, maps, scores, strict=True):
                 model.bank = bank
                 references, foregrounds = model.retrieve(features[0])

@@ -17,7 +17,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor
 
 from .messages import first_line
-from .reference_bank import AVERAGED
+from .reference_bank import AVERAGED, COLOUR_SCALE
 
 SHOWN = 3  # problems that a message names
 MODEL = "model."
@@ -200,7 +200,7 @@ def _odd_bank(state: Mapping[str, Tensor]) -> str | None:
         return f"it holds only {', '.join(bank) or 'nothing'}."
     if histograms.numel() and histograms.ndim == 3 and (histograms.min() < 0 or histograms.sum(-1).max() > 1 + 1e-3):
         return "its histograms are not shares of visual words."
-    maps = [value for name, value in bank.items() if name not in {"histograms", FILE_KEY, AVERAGED}]
+    maps = [value for name, value in bank.items() if name not in {"histograms", FILE_KEY, AVERAGED, COLOUR_SCALE}]
     if in_a_file or any(value.ndim != 4 for value in maps):  # the bank itself refuses what does not fit its file
         return None
     return _odd_sizes(bank)

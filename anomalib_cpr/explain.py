@@ -21,6 +21,7 @@ from .alignment import spread
 from .coarse_to_fine import cells_around
 from .coherence import coherent_distance
 from .command_arguments import existing_file
+from .feature_extractor import STRIDES
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
 from .global_retrieval import assign_words, histogram_distance
 from .lightning_model import Cpr
@@ -94,7 +95,7 @@ class HotPatch:
         scales (list[PatchAtScale]): The comparison at each scale, finest first.
         own_foreground (float): Foreground of the query there, 0..1.
         reference_foreground (float): Largest foreground of the references there.
-        cause (str): "background", "references", "usual" or "unmatched".
+        cause (str): "background", "colour", "references", "usual" or "unmatched".
         verdict (str): The cause in words, with its numbers.
     """
 
@@ -123,7 +124,8 @@ class Explanation:
         reference_foregrounds (Tensor): ``(k, height / 4, width / 4)``.
         matches (list[Match]): Per scale, finest first.
         distances (list[Tensor]): What the map is made of, per scale, ``(height, width)``: those of the matches, or,
-            with coherent matching, those on which neighbours agree; with unaligned matching, means over references.
+            with coherent matching, those on which neighbours agree; with unaligned matching, means over references;
+            then those of colours, if they count.
         shares (list[float]): By which these were multiplied, since they are judged relative to the image; 1 if they are
             not.
         patches (list[HotPatch]): The hottest first.
@@ -284,9 +286,9 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     distances = histogram_distance(retriever(features[0]), bank.histograms)[0, references]
     usual = usual_distances(bank.histograms, copies)
 
-    queries = [query[0] for query in model.describe(features)]
+    queries = model.describe(features, image)
     matches = best_matches(
-        queries,
+        [query[0] for query in queries[: len(STRIDES)]],
         [stored_descriptors(model, scale, references) for scale in (0, 1)],
         model.window_sizes,
         on_the_whole=model.unaligned_matching,
@@ -295,10 +297,15 @@ def explain(model: CprModel, image: Tensor, patches: int = PATCHES, copies: int 
     if model.coherent_matching:
         shown = [coherent_distance(match.per_reference[None])[0, 0] for match in matches]
     elif model.unaligned_matching:
-        shown = [distance[0, 0] for distance in to_several_references([one.per_reference[None] for one in matches])]
-    shares = [1.0] * len(matches)
+        to_each = [one.per_reference[None] for one in matches]
+        if model.colour_matching:
+            to_each.append(model.match(queries, chosen)[-1])
+        shown = [distance[0, 0] for distance in to_several_references(to_each)]
+    shares = [1.0] * len(shown)
     if model.relative_to_image and model.unaligned_matching:
-        shares = [float(share_that_counts(distance[None, None] * 0.5)) for distance in shown]
+        shares[: len(STRIDES)] = [
+            float(share_that_counts(distance[None, None] * 0.5)) for distance in shown[: len(STRIDES)]
+        ]
     elif model.relative_to_image:
         size = (image.shape[-2], image.shape[-1])
         shares = [float(share_that_counts(fuse([match.distance[None, None] for match in matches], size)))] * len(shown)
@@ -414,11 +421,11 @@ def _follow(
 ) -> HotPatch:
     """Follow a hot pixel to the cells and matches that made it hot."""
     fine, weight = distances[0], torch.maximum(foreground, reference_foregrounds.amax(0))
-    coarse = F.interpolate(distances[1][None, None], fine.shape, mode="bilinear")[0, 0]
+    enlarged = [F.interpolate(distance[None, None], fine.shape, mode="bilinear")[0, 0] for distance in distances]
     # The map is smoothed or follows edges: its peak lies within two cells of the cell that contributes most.
     row, column = pixel[0] // 4, pixel[1] // 4
     top, left = max(0, row - 2), max(0, column - 2)
-    together = torch.maximum(fine, coarse) if model.unaligned_matching else fine + coarse
+    together = torch.stack(enlarged).amax(0) if model.unaligned_matching else fine + enlarged[1]
     nearby = (together * weight)[top : row + 3, left : column + 3]
     row, column = top + int(nearby.argmax()) // nearby.shape[1], left + int(nearby.argmax()) % nearby.shape[1]
 
@@ -436,7 +443,10 @@ def _follow(
             )
         )
     own, others = float(foreground[row, column]), float(reference_foregrounds[:, row, column].max())
-    cause, verdict = _judge(scales, own, others, unlike)
+    colour = None
+    if len(enlarged) > len(STRIDES) and int(torch.stack([one[row, column] for one in enlarged]).argmax()) > 1:
+        colour = float(enlarged[-1][row, column])
+    cause, verdict = _judge(scales, own, others, unlike, colour)
     return HotPatch(pixel, value, scales, own, others, cause, verdict)
 
 
@@ -479,14 +489,18 @@ def _cells_below_matches(model: CprModel, parent: Tensor, others: Tensor) -> Ten
     return stored_descriptors(model, 0, others).flatten(2).gather(2, around[:, None].expand(-1, coarse.shape[1], -1))
 
 
-def _judge(scales: Sequence[PatchAtScale], own: float, others: float, unlike: float) -> tuple[str, str]:
-    """Name what made a patch hot."""
+def _judge(
+    scales: Sequence[PatchAtScale], own: float, others: float, unlike: float, colour: float | None = None
+) -> tuple[str, str]:
+    """Name what made a patch hot; ``colour`` is the distance of its colour where that is what counts most."""
     total = sum(scale.distance for scale in scales)
     good = [sum(parts) for parts in zip(*(scale.on_good_parts for scale in scales), strict=True)]
     usual = f"good parts {min(good):.2f}..{max(good):.2f} here" if good else "nothing to compare with"
     if own < 0.5:
         whose = f"only references see the part here ({others:.1f})" if others >= 0.5 else f"references {others:.1f}"
         return "background", f"background: own foreground {own:.1f}, {whose}"
+    if colour is not None:
+        return "colour", f"a colour that the references have nowhere: distance {colour:.2f}, of descriptors {total:.2f}"
     if good and total <= USUAL * max(good):
         return "usual", f"as on good parts: distance {total:.2f}, {usual}"
     if unlike >= 0.99:

@@ -19,12 +19,14 @@ from .explain import (
     HotPatch,
     foreground_in_use,
 )
+from .feature_extractor import STRIDES
 from .gallery_pictures import ReferencePicture
 from .pictures import MARKS, SHARE_COLOURS, bare, new_figure, outline, save, show_colours, show_map, show_words, style
 from .pictures import word_colours as colours_of_words
 
 CAUSES = {
     "background": "outside the part",
+    "colour": "a colour found on no reference",
     "references": "references unlike the image",
     "usual": "about what good parts show here",
     "unmatched": "found on no reference",
@@ -176,12 +178,13 @@ def _draw_maps(
     """Fused map, distances per scale, foregrounds, and how unusual the references are."""
     size = (colours.shape[-2], colours.shape[-1])
     grid = GridSpecFromSubplotSpec(1, 2, part, wspace=0.15, width_ratios=[6, 1])
-    maps = GridSpecFromSubplotSpec(1, 5, grid[0], wspace=0.28)
-    axes = [*(figure.add_subplot(maps[column]) for column in range(5)), figure.add_subplot(grid[1])]
+    count = 3 + len(explanation.distances)
+    maps = GridSpecFromSubplotSpec(1, count, grid[0], wspace=0.28)
+    axes = [*(figure.add_subplot(maps[column]) for column in range(count)), figure.add_subplot(grid[1])]
     peak = float(explanation.anomaly_map.max())
     top = max(peak, 2 * threshold if threshold is not None else 0.0, 1e-6)
-    factors = dict.fromkeys(f"{share:.2f}" for share in explanation.shares)  # relative to the image
-    made_of = "" if max(explanation.shares) == 1 else f"\ndistances x {' and '.join(factors)}"
+    factors = dict.fromkeys(f"{share:.2f}" for share in explanation.shares[: len(STRIDES)])  # relative to the image
+    made_of = "" if max(explanation.shares[: len(STRIDES)]) == 1 else f"\ndistances x {' and '.join(factors)}"
     show_map(axes[0], explanation.anomaly_map, f"Anomaly map{made_of}", (0, top))
     if threshold is not None:
         outline(axes[0], explanation.anomaly_map > threshold, "#56B4E9", 1.0)
@@ -189,14 +192,15 @@ def _draw_maps(
         outline(axes[0], mask, "white", 0.8)
     largest = max(float(distance.max()) for distance in explanation.distances)
     for index, distance in enumerate(explanation.distances):
-        show_map(axes[1 + index], distance, f"Distance, stride {4 * 2**index}", (0, max(largest, 1e-6)), size=size)
-    show_map(axes[3], explanation.foreground, "Foreground: query", (0, 1), colours=SHARE_COLOURS, size=size)
-    show_map(axes[4], foreground_in_use(explanation), "with references, as used", (0, 1), colours=SHARE_COLOURS)
+        what = f"Distance, stride {STRIDES[index]}" if index < len(STRIDES) else "Distance of colours"
+        show_map(axes[1 + index], distance, what, (0, max(largest, 1e-6)), size=size)
+    show_map(axes[-3], explanation.foreground, "Foreground: query", (0, 1), colours=SHARE_COLOURS, size=size)
+    show_map(axes[-2], foreground_in_use(explanation), "with references, as used", (0, 1), colours=SHARE_COLOURS)
     for number, patch in enumerate(explanation.patches):
-        for where in axes[:5]:
+        for where in axes[:count]:
             row, column = patch.pixel
             where.plot(column, row, "o", ms=9, mfc="none", mec=MARKS[number % len(MARKS)], mew=1.3)
-    _draw_distances(axes[5], explanation)
+    _draw_distances(axes[-1], explanation)
 
 
 def _draw_distances(axes: Axes, explanation: Explanation) -> None:

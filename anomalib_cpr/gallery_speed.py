@@ -212,7 +212,7 @@ def in_a_file(bank: ReferenceBank, gallery: Tensor, path: Path) -> ReferenceBank
     """
     blocks, words = round(gallery.shape[1] ** 0.5), gallery.shape[2]
     large = ReferenceBank(bank.channels, words, blocks, cast("BankDtype", bank.bank_dtype), file=path)
-    large.averaged = bank.averaged
+    large.averaged, large.coloured, large.colour_scale = bank.averaged, bank.coloured, bank.colour_scale
     large.histograms = gallery
     large.foregrounds = bank.foregrounds[torch.arange(len(gallery)) % len(bank)]
     large.allocate(len(gallery), [(held.shape[-2], held.shape[-1]) for held in bank.descriptors])
@@ -221,6 +221,8 @@ def in_a_file(bank: ReferenceBank, gallery: Tensor, path: Path) -> ReferenceBank
             held, own = getattr(large, name), getattr(bank, name)
             for start in range(0, len(held), len(own)):
                 held[start : start + len(own)] = own[: len(held) - start]
+    if bank.coloured:
+        large.colours = bank.colours[torch.arange(len(gallery)) % len(bank)]
     large.keep(torch.arange(len(gallery)))
     return large
 

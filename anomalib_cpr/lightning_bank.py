@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .checkpoint_check import BANK, FILE_KEY, check_content, check_file, misfit
+from .colour_weight import WEIGHED_IMAGES, colour_scale_of
 from .lightning_preparation import Preparation
 from .matching_choice import (
     ASKED_IMAGES,
@@ -29,7 +31,7 @@ from .matching_choice import (
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
 from .ranks import exchange
-from .reference_bank import AVERAGED, key_of_file
+from .reference_bank import AVERAGED, COLOUR_SCALE, COLOURS, key_of_file
 from .scoring_settings import apply_settings, settings_of
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .training import TrainingData
@@ -42,8 +44,9 @@ if TYPE_CHECKING:
 # 1 had no int8 banks and no max_references, 2 no int4 banks; up to 3 nothing was said of windows, and the blur was 4;
 # up to 4 maps were smooth; up to 5 nothing was said of the number of references; up to 6 matching was not coherent;
 # up to 7 distances were absolute, and outlines knew nothing of the largest value of the image; up to 8 descriptors were
-# not averaged; up to 9 unaligned matching took all references at the coarse scale.
-CHECKPOINT_FORMAT = 11
+# not averaged; up to 9 unaligned matching took all references at the coarse scale; up to 10 the whole map was
+# searched at both scales; up to 11 no colours were compared.
+CHECKPOINT_FORMAT = 12
 
 
 class BankInCheckpoints(Preparation):
@@ -81,6 +84,8 @@ class BankInCheckpoints(Preparation):
                     f"{device} ({error}). Resume with a smaller one: {smaller_bank(device)}. No step is lost."
                 ) from error
         self._decide_on_matching(data, in_bank, alone=alone)
+        if self.model.colour_matching and self.model.unaligned_matching:
+            self._weigh_colours(data, in_bank, alone=alone)
 
     def drop_bank(self) -> None:
         """Free the descriptors of the training images."""
@@ -90,7 +95,9 @@ class BankInCheckpoints(Preparation):
 
     def _exchange_descriptors(self, spans: list[tuple[int, int, int]]) -> None:
         bank = self.model.bank
-        exchange([tensor for tensor in (*bank.descriptors, *bank.scales) if tensor is not None], spans, self.device)
+        colours = [bank.colours] if bank.coloured else []
+        held = [tensor for tensor in (*bank.descriptors, *bank.scales, *colours) if tensor is not None]
+        exchange(held, spans, self.device)
 
     def on_validation_start(self) -> None:
         """Build the bank that validation compares with."""
@@ -158,6 +165,15 @@ class BankInCheckpoints(Preparation):
             found = compare_matchings(self.model, data.images, in_bank, weak, generator, options, track)
         # Ranks may differ in the last bits, and must match alike.
         return found if alone else self.trainer.strategy.broadcast(found)
+
+    def _weigh_colours(self, data: TrainingData, in_bank: Tensor, *, alone: bool) -> None:
+        """So that good images show no more by their colours than they do by the coarse descriptors."""
+        track = self._track("Colours", min(WEIGHED_IMAGES, len(data.images)))
+        with stage("Colours"):
+            scale = colour_scale_of(self.model, data.images, in_bank, track)
+        # Ranks may differ in the last bits, and must score alike.
+        scale = scale if alone else self.trainer.strategy.broadcast(scale)
+        self.model.bank.colour_scale = torch.full_like(self.model.bank.colour_scale, scale)
 
     def _match_as(self, matching: Matching) -> None:
         self.model.k, self.model.window_sizes = matching
@@ -288,6 +304,12 @@ class BankInCheckpoints(Preparation):
             return (
                 f"it was made with averaged_descriptors={averaged}, which a bank keeps. Leave that argument out, "
                 "or train anew."
+            )
+        parts.pop(COLOUR_SCALE, None)
+        if "colour_matching" in self._given_settings and (COLOURS in parts) != self.model.colour_matching:
+            return (
+                f"it was made with colour_matching={COLOURS in parts}, which a bank keeps. Leave that argument out, or "
+                "train anew."
             )
         return self.model.bank.misfit(key_of_file(parts.pop(FILE_KEY, None)), parts)
 

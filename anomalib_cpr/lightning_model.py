@@ -77,6 +77,9 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         averaged_descriptors (bool | None): Descriptors of stride 8 are averaged over 3x3 cells, after which a patch
             tells what is around it rather than what is just there. None means yes for loose parts and no for all
             others, as in the paper. A checkpoint keeps what its training had.
+        colour_matching (bool | None): Where ``unaligned_matching`` is on, the colours of patches are compared as well,
+            with those anywhere on the references that fit. None means yes for loose parts that have their like
+            elsewhere and no for all others, as in the paper. A checkpoint keeps what its training had.
         relative_to_image (bool | None): Distances count in proportion to how far the image is from its references as a
             whole, background included, so that another lamp is no anomaly. None means yes in a training, and what its
             training had for a checkpoint; the paper's count as they are.
@@ -167,6 +170,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
         coherent_matching: bool | None = None,
         unaligned_matching: bool | None = None,
         averaged_descriptors: bool | None = None,
+        colour_matching: bool | None = None,
         relative_to_image: bool | None = None,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -224,6 +228,7 @@ class Cpr(BankInCheckpoints, FaithfulExport, AnomalibModule):
             "coherent_matching": coherent_matching,
             "unaligned_matching": unaligned_matching,
             "averaged_descriptors": averaged_descriptors,
+            "colour_matching": colour_matching,
             "relative_to_image": relative_to_image,
         }
         given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}

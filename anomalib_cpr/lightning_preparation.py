@@ -226,6 +226,8 @@ class Preparation(LightningModule):
             model.unaligned_matching = not aligned and not model.coherent_matching
         if "averaged_descriptors" not in given:
             model.averaged_descriptors = self._loose
+        if "colour_matching" not in given:
+            model.colour_matching = self._loose and model.unaligned_matching
 
     def _shares_of_the_image_itself(self) -> tuple[float, float]:
         """Of the synthetic anomalies, those in other colours and those that are moved."""
@@ -341,7 +343,8 @@ class Preparation(LightningModule):
         given, model = self._given_settings, self.model
         ways = {name: getattr(model, name) for name in ("coherent_matching", "unaligned_matching") if name in given}
         settled = len(ways) == 2 or any(ways.values())  # they exclude each other
-        if settled and {"window_sizes", "averaged_descriptors"} <= given and self.recoloured_anomalies is not None:
+        decided = {"window_sizes", "averaged_descriptors", "colour_matching"} <= given
+        if settled and decided and self.recoloured_anomalies is not None:
             return 1.0
         chosen, references = surveyed(neighbours)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .alignment import spread
 from .coarse_to_fine import match_scales
+from .feature_extractor import STRIDES
 from .global_retrieval import histogram_distance
 from .matching import WHOLE_MAP
 from .scoring_settings import PAPER_SETTINGS
@@ -229,14 +230,16 @@ def compare_matchings(
         scores: dict[Matching, list[Tensor]] = {option: [] for option in options}
         for image in track(spread(len(images), ASKED_IMAGES).tolist()):
             good = images.take(torch.tensor([image]), device)
-            features = model.feature_extractor(images.normalize(good))
+            pictures = [images.normalize(good)]
+            features = model.feature_extractor(pictures[0])
             anomalous, mask = synthesise(good, model.foreground_estimator(features[0].float()), generator)
             if not mask.any():
                 continue
             others = photographs != image // images.copies
-            with_anomaly = model.feature_extractor(images.normalize(anomalous))
+            pictures.append(images.normalize(anomalous))
+            with_anomaly = model.feature_extractor(pictures[1])
             both = [torch.cat(scale) for scale in zip(features, with_anomaly, strict=True)]
-            for option, score in _scores(model, both, images.size, others, options):
+            for option, score in _scores(model, torch.cat(pictures), both, others, options):
                 scores[option].append(score.cpu())
     finally:
         model.train(was_training)
@@ -244,22 +247,40 @@ def compare_matchings(
     return {option: evidence_of(*found.T) for option, found in pairs.items()}
 
 
+def held_out_references(model: CprModel, features: Tensor, others: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """What :meth:`CprModel.retrieve` finds where some images of the bank are not there.
+
+    Args:
+        model (CprModel): With a bank.
+        features (Tensor): F1 of shape ``(batch, channels, height, width)``.
+        others (Tensor): Which images of the bank are there, bool, ``(gallery,)``.
+        most (int): Number of references, or as many as there are.
+
+    Returns:
+        tuple[Tensor, Tensor]: Indices into the bank, ``(batch, k)``, the most similar first; foregrounds of queries and
+            references, ``(batch, 1 + k, height, width)``.
+    """
+    distances = histogram_distance(model.global_retriever(features), model.bank.histograms)
+    # Stable, so that the first ten are those of a search for ten, whatever equals there are.
+    ordered = distances.masked_fill_(~others, float("inf")).sort(dim=1, stable=True).indices
+    references = ordered[:, : min(most, int(others.sum()))]
+    own = model.foreground_estimator(features.float())
+    return references, torch.cat([own, model.bank.foregrounds_of(references)], dim=1)
+
+
 def _scores(
     model: CprModel,
+    images: Tensor,
     features: Sequence[Tensor],
-    size: tuple[int, int],
     others: Tensor,
     options: Sequence[Matching],
 ) -> Iterator[tuple[Matching, Tensor]]:
-    """Scores of images whose F1 and F2 are given, with ``others`` (bool, of the bank) as their possible references."""
-    descriptors = model.describe(features)
+    """Scores of normalised images and their F1 and F2, with ``others`` (bool, of the bank) as possible references."""
+    size = (images.shape[-2], images.shape[-1])
+    descriptors = model.describe(features, images)[: len(STRIDES)]
     with full_precision(features[0].device):
-        distances = histogram_distance(model.global_retriever(features[0]), model.bank.histograms)
-        most = min(max(option.k for option in options), int(others.sum()))
-        # Stable, so that the first ten are those of a search for ten, whatever equals there are.
-        references = distances.masked_fill_(~others, float("inf")).sort(dim=1, stable=True).indices[:, :most]
-        own = model.foreground_estimator(features[0].float())
-        foregrounds = torch.cat([own, model.bank.foregrounds_of(references)], dim=1)
+        most = max(option.k for option in options)
+        references, foregrounds = held_out_references(model, features[0], others, most)
         for windows, ways in groupby(options, key=lambda option: option.window_sizes):
             asked = list(ways)
             chosen = references[:, : max(option.k for option in asked)]

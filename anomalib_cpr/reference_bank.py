@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from .colours import COLOUR_CHANNELS
 from .global_retrieval import SHORTLIST, representatives, roots_of
 from .mapped_file import complete, create, discard, read
 from .quantisation import is_traced, pack, packed_channels, quantise, restore
@@ -20,6 +21,7 @@ BankDtype = Literal["float32", "float16", "int8", "int4"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
 PARTS = ("descriptors_1", "descriptors_2", "scales_1", "scales_2")
 KEY = "file_key"  # by which a checkpoint recognises the file of its descriptors
+COLOURS, COLOUR_SCALE = "colours", "colour_scale"  # in a checkpoint that has them, see colour_matching of the model
 AVERAGED = "averaged"  # in a checkpoint whose coarse descriptors are averaged, see averaged_descriptors of the model
 _BLOCK = 16  # images that are converted at a time, so that a conversion needs no second bank
 
@@ -49,6 +51,7 @@ class ReferenceBank(nn.Module):
 
     Attributes:
         averaged (bool): Coarse descriptors are averaged over neighbouring cells, so queries' must be as well.
+        coloured (bool): Colours are held as well, as a third scale.
 
     Raises:
         ValueError: If a value is out of range.
@@ -61,6 +64,8 @@ class ReferenceBank(nn.Module):
     scales_1: Tensor
     scales_2: Tensor
     file_key: Tensor
+    colours: Tensor
+    colour_scale: Tensor
 
     def __init__(
         self,
@@ -83,10 +88,13 @@ class ReferenceBank(nn.Module):
         self.max_references = max_references
         self.file = None if file is None else Path(file)
         self.on_host = on_host or file is not None
-        self.averaged = False
+        self.averaged = self.coloured = False
         self._roots: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histograms", torch.zeros(0, blocks * blocks, codebook_size))
         self.register_buffer("foregrounds", torch.zeros(0, 1, 0, 0))
+        # In a checkpoint only where they are used, so that one without them is as it always was.
+        self.register_buffer(COLOURS, torch.zeros(0, COLOUR_CHANNELS, 0, 0), persistent=False)
+        self.register_buffer(COLOUR_SCALE, torch.ones(()), persistent=False)
         stored = self._stored_channels(self.dtype)
         inside = file is None
         for scale in (1, 2):
@@ -190,6 +198,8 @@ class ReferenceBank(nn.Module):
             cells (Sequence[tuple[int, int]]): Height and width of the feature maps, per scale.
         """
         self.clear()
+        if self.coloured:
+            self.colours = self.colours.new_zeros(count, COLOUR_CHANNELS, *cells[1])
         shapes = {
             name: (count, getattr(self, name).shape[1], *cells[int(name[-1]) - 1]) for name in self._per_descriptor
         }
@@ -237,9 +247,12 @@ class ReferenceBank(nn.Module):
 
         Args:
             start (int): Index of the first image.
-            descriptors (Sequence[Tensor]): Unit vectors per scale, ``(batch, channels, height_i, width_i)``.
+            descriptors (Sequence[Tensor]): Unit vectors per scale, ``(batch, channels, height_i, width_i)``; after
+                them colours, as they are stored, if they are held.
         """
-        for held, factors, new in zip(self.descriptors, self.scales, descriptors, strict=True):
+        for colours in descriptors[2:]:
+            self.colours[start : start + len(colours)] = colours
+        for held, factors, new in zip(self.descriptors, self.scales, descriptors[:2], strict=True):
             if self.dtype == torch.uint8:
                 held[start : start + len(new)] = pack(new)
             elif factors is None:
@@ -273,6 +286,7 @@ class ReferenceBank(nn.Module):
         for name in self._per_descriptor:
             held = getattr(self, name)
             setattr(self, name, held.new_zeros(0, held.shape[1], 0, 0))
+        self.colours = self.colours.new_zeros(0, COLOUR_CHANNELS, 0, 0)
         if self.file is not None:
             self.file_key = self.file_key.new_zeros(0)
 
@@ -315,13 +329,15 @@ class ReferenceBank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.averaged:
             destination[prefix + AVERAGED] = torch.tensor(True)
+        if self.coloured:
+            destination |= {prefix + COLOURS: self.colours, prefix + COLOUR_SCALE: self.colour_scale}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         """Take over a checkpoint, after checking that its parts fit each other and the configuration."""
         incoming = {
             name.removeprefix(prefix): tensor
             for name, tensor in state_dict.items()
-            if name.startswith(prefix) and name.removeprefix(prefix) in {*PARTS, "histograms", "foregrounds"}
+            if name.startswith(prefix) and name.removeprefix(prefix) in {*PARTS, "histograms", "foregrounds", COLOURS}
         }
         self._roots = None  # loading may copy into the same tensor
         key = key_of_file(state_dict.get(prefix + KEY))
@@ -332,6 +348,8 @@ class ReferenceBank(nn.Module):
             return
         state_dict = dict(state_dict)
         self.averaged = bool(state_dict.pop(prefix + AVERAGED, False))
+        colours, scale = (state_dict.pop(prefix + name, None) for name in (COLOURS, COLOUR_SCALE))
+        self.coloured = colours is not None
         if key:
             self._hold({name: incoming[name] for name in self._per_descriptor})
         elif "descriptors_1" in incoming:
@@ -339,6 +357,10 @@ class ReferenceBank(nn.Module):
             self._finish_file()
         elif self.file is not None:
             self.clear()
+        if colours is not None and scale is not None:
+            kept = self._chosen_of(incoming) if "descriptors_1" in incoming else torch.arange(len(colours))
+            self.colours = colours[kept.to(colours.device)].to(self.colours.device)
+            self.colour_scale = scale.clone().to(self.colours.device)
         for name in {*PARTS, KEY} - set(self.state_dict()):
             state_dict.pop(prefix + name, None)
         if self.file is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .coherence import coherent_distance
+from .feature_extractor import STRIDES
 from .outline import follow_edges
 from .quantisation import is_traced
 from .relative import lower_the_rest, share_that_counts
@@ -68,7 +69,7 @@ class Scorer(nn.Module):
 
         Args:
             distances (Sequence[Tensor]): Cosine distances to each reference, 0..2, of each scale, finest first,
-                ``(batch, k, height_i, width_i)``.
+                ``(batch, k, height_i, width_i)``; after them, with ``unaligned``, distances of colours, if these count.
             foregrounds (Tensor): Foregrounds of query and references, ``(batch, any number, height_0, width_0)``.
             size (tuple[int, int]): Height and width of the image, in pixels.
             images (Tensor | None): The images, ``(batch, 3, height, width)``, for a map that follows their edges; None
@@ -87,7 +88,9 @@ class Scorer(nn.Module):
         if unaligned:
             several = to_several_references(distances)
             if relative:
-                several = [distance * share_that_counts(distance * 0.5) for distance in several]
+                # But for colours, which are relative to those of the whole image.
+                scales, colours = several[: len(STRIDES)], several[len(STRIDES) :]
+                several = [*(distance * share_that_counts(distance * 0.5) for distance in scales), *colours]
             nearest = fuse_plainer(several, size)
         else:
             nearest = fuse([distance.amin(1, keepdim=True) for distance in distances], size)
@@ -95,13 +98,17 @@ class Scorer(nn.Module):
                 foreground = foreground * share_that_counts(nearest)
         anomaly_map = nearest * foreground
         smooth = self.blur(anomaly_map)
-        count = max(1, round(self.top_share * size[0] * size[1]))
-        top = smooth.flatten(1).topk(count, dim=1, sorted=False).values
+        score = self.pool(smooth)
         if coherent:
             anomaly_map = fuse([coherent_distance(distance) for distance in distances], size) * foreground
             smooth = self.blur(anomaly_map) if images is None else smooth
         shown = smooth if images is None else follow_edges(anomaly_map, images)
-        return lower_the_rest(shown) if relative else shown, top.mean(1)
+        return lower_the_rest(shown) if relative else shown, score
+
+    def pool(self, smooth: Tensor) -> Tensor:
+        """Mean of the largest pixels of a map, ``(batch, 1, height, width)``: ``(batch,)``."""
+        count = max(1, round(self.top_share * smooth.shape[-2] * smooth.shape[-1]))
+        return smooth.flatten(1).topk(count, dim=1, sorted=False).values.mean(1)
 
     def blur(self, image: Tensor) -> Tensor:
         """Gaussian blur, separable, mirrored at the borders; narrow images are extended by their edge instead."""

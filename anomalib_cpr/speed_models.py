@@ -125,7 +125,7 @@ def cpr_stages(model: CprModel, images: Tensor, lap: Callable[[str], None]) -> I
     """
     features = model.feature_extractor(images)
     lap("backbone")
-    queries = model.describe(features)
+    queries = model.describe(features, images)
     lap("heads")
     references, foregrounds = model.retrieve(features[0])
     lap("retrieval")

@@ -11,6 +11,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from .coarse_to_fine import match_scales
+from .colours import as_stored, colours_of, distance_to_colours
 from .feature_extractor import STRIDES, FeatureExtractor
 from .foreground import ForegroundEstimator
 from .global_retrieval import GlobalRetriever
@@ -18,7 +19,7 @@ from .metric_head import MetricHead
 from .quantisation import is_traced
 from .reference_bank import BankDtype, ReferenceBank
 from .scoring import SIGMA, Scorer
-from .unaligned import average_neighbours
+from .unaligned import average_neighbours, ranks_on_the_whole
 
 BEYOND_ANY_COLOUR = 1e4  # sum of the channels of a normalised pixel; with 255 in place of 1 it is about 3,000
 
@@ -45,6 +46,8 @@ class CprModel(nn.Module):
             ``coherent_matching=False``.
         averaged_descriptors (bool): Those of stride 8 are averaged over neighbouring cells, for loose parts. A bank
             that is loaded brings its own value.
+        colour_matching (bool): Where ``unaligned_matching`` is on, the colours of patches are compared as well, with
+            those anywhere on the references. A bank that is loaded brings its own value.
         relative_to_image (bool): Distances count in proportion to how far the image is from its references as a whole.
         codebook_size (int): Number of visual words.
         blocks (int): Blocks per side of the retrieval grid.
@@ -75,6 +78,7 @@ class CprModel(nn.Module):
         coherent_matching: bool = True,
         unaligned_matching: bool = False,
         averaged_descriptors: bool = False,
+        colour_matching: bool = False,
         relative_to_image: bool = True,
         codebook_size: int = 12,
         blocks: int = 5,
@@ -98,6 +102,11 @@ class CprModel(nn.Module):
             raise ValueError(
                 "coherent_matching=True contradicts unaligned_matching=True: the one is for parts that lie alike, the "
                 "other for textures and loose parts; give one of them."
+            )
+        if colour_matching and not unaligned_matching:
+            raise ValueError(
+                "colour_matching=True needs unaligned_matching=True: where parts lie alike, a place has its own "
+                "colours, which the heads learn."
             )
         if backbone_weights is not None and not pre_trained:
             raise ValueError(
@@ -123,7 +132,7 @@ class CprModel(nn.Module):
         self.bank = ReferenceBank(
             descriptor_channels, codebook_size, blocks, bank_dtype, max_references, bank_on_host, bank_file
         )
-        self.averaged_descriptors = averaged_descriptors
+        self.averaged_descriptors, self.colour_matching = averaged_descriptors, colour_matching
 
     def load_backbone_weights(self) -> str:
         """Load the backbone's weights, unless a checkpoint has brought them.
@@ -164,7 +173,7 @@ class CprModel(nn.Module):
         images, unseen = split_unseen(images)
         features = self.feature_extractor(images)
         self.bank.check(features[0].shape[-2:])
-        queries = self.describe(features)
+        queries = self.describe(features, images)
         with full_precision(images.device):
             references, foregrounds = self.retrieve(features[0])
             distances = self.match(queries, references)
@@ -197,21 +206,38 @@ class CprModel(nn.Module):
         self.bank.averaged = averaged
 
     @property
+    def colour_matching(self) -> bool:
+        """Whether colours are compared as well, where matching is unaligned."""
+        return self.bank.coloured
+
+    @colour_matching.setter
+    def colour_matching(self, coloured: bool) -> None:
+        if coloured != self.bank.coloured and len(self.bank):
+            raise ValueError(
+                f"colour_matching={coloured}: the bank was made with{'' if self.bank.coloured else 'out'} colours, and "
+                "stays so. Train anew."
+            )
+        self.bank.coloured = coloured
+
+    @property
     def heads(self) -> list[MetricHead]:
         """The metric heads, finest scale first."""
         return [cast("MetricHead", head) for head in self.metric_heads]
 
-    def describe(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Descriptors of both scales.
+    def describe(self, features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """Descriptors of both scales, and colours where they are compared.
 
         Args:
             features (Sequence[Tensor]): F1 and F2, ``(batch, channels_i, height / stride_i, width / stride_i)``.
+            images (Tensor): The normalised images, ``(batch, 3, height, width)``.
 
         Returns:
-            list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32.
+            list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32;
+                then, with ``colour_matching``, colours as the bank stores them.
         """
         fine, coarse = (head.describe(scale) for head, scale in zip(self.heads, features, strict=True))
-        return [fine, average_neighbours(coarse) if self.averaged_descriptors else coarse]
+        descriptors = [fine, average_neighbours(coarse) if self.averaged_descriptors else coarse]
+        return [*descriptors, as_stored(colours_of(images.float()))] if self.colour_matching else descriptors
 
     def retrieve(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The most similar training images, and where the object is on the query and on each of them.
@@ -232,21 +258,27 @@ class CprModel(nn.Module):
         """Distance of each cell to its best match on each of the references, per scale.
 
         Args:
-            queries (Sequence[Tensor]): Descriptors of both scales.
+            queries (Sequence[Tensor]): Descriptors of both scales, and colours, of :meth:`describe`.
             references (Tensor): Indices into the bank, ``(batch, k)``.
 
         Returns:
-            list[Tensor]: Distances 0..2, ``(batch, k, height_i, width_i)``.
+            list[Tensor]: Distances 0..2, ``(batch, k, height_i, width_i)``; where colours count, theirs to those
+                references that fit the image as a whole.
         """
-        return match_scales(
-            queries, self.bank.descriptors, references, self.window_sizes, self.bank.scales, fused=self.fused_matching
-        )
+        descriptors, held = queries[: len(STRIDES)], (self.bank.descriptors, references)
+        distances = match_scales(descriptors, *held, self.window_sizes, self.bank.scales, fused=self.fused_matching)
+        if not (self.colour_matching and self.unaligned_matching):
+            return distances
+        fitting = references.gather(1, ranks_on_the_whole(distances[-1]))
+        differences = distance_to_colours(queries[-1], self.bank.colours, fitting) * self.bank.colour_scale
+        return [*distances, differences.clamp_max(2)]
 
     def score(self, distances: Sequence[Tensor], foregrounds: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.
 
         Args:
-            distances (Sequence[Tensor]): To each reference, of each scale, ``(batch, k, height_i, width_i)``.
+            distances (Sequence[Tensor]): To each reference, of each scale, ``(batch, k, height_i, width_i)``, and of
+                colours.
             foregrounds (Tensor): Of query and references, ``(batch, any number, height / 4, width / 4)``.
             images (Tensor): Normalised images, ``(batch, 3, height, width)``.
 
@@ -307,7 +339,7 @@ class CprModel(nn.Module):
                     images = batch[kept.to(batch.device)]
                     at_a_time = 1 if images.device.type == "cpu" else len(images)
                     for first, some in enumerate(images.split(at_a_time)):
-                        self.bank.write(written + first, self.describe(self.feature_extractor(some)))
+                        self.bank.write(written + first, self.describe(self.feature_extractor(some), some))
                 written = spans[-1][1]
             if ranks > 1 and exchange is not None:
                 exchange(spans)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .feature_extractor import STRIDES
 from .metric_head import to_unit_length
 
 # Chosen on drawn tablets and fabric (results/unaligned.json), and no figure to be fine about: 3 and 8 did alike.
@@ -75,11 +76,11 @@ def to_several_references(distances: Sequence[Tensor]) -> list[Tensor]:
     """Distance of each cell to several references: of all at the finest scale, of those that fit as a whole elsewhere.
 
     Args:
-        distances (Sequence[Tensor]): Cosine distances to each reference, 0..2, of each scale, finest first,
-            ``(batch, k, height_i, width_i)``.
+        distances (Sequence[Tensor]): Cosine distances to each reference, 0..2, of each scale, finest first, and those
+            of colours, ``(batch, k, height_i, width_i)``.
 
     Returns:
-        list[Tensor]: In 0..2, of each scale, ``(batch, 1, height_i, width_i)``.
+        list[Tensor]: In 0..2, of each of them, ``(batch, 1, height_i, width_i)``.
     """
     finest, *coarser = distances
     fitting = [
@@ -94,9 +95,11 @@ def to_several_references(distances: Sequence[Tensor]) -> list[Tensor]:
 def fuse_plainer(distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Fourth root of the mean fourth power of the scales, halved: mostly the larger of them.
 
+    Colours come on top: they raise distances where they differ, and do not lower them where they do not.
+
     Args:
-        distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first,
-            ``(batch, 1, height_i, width_i)``.
+        distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first, and distances 0..2 of colours
+            after them, if these count, ``(batch, 1, height_i, width_i)``.
         size (tuple[int, int]): Height and width of the image, in pixels.
 
     Returns:
@@ -105,5 +108,7 @@ def fuse_plainer(distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     cells = distances[0].shape[-2:]
     # Roots of sums of squares: an exported power is computed by logarithms, and not everywhere in full precision.
     powers = [(F.interpolate(distance, cells, mode="bilinear") * 0.5).square().square() for distance in distances]
-    mean = reduce(torch.add, powers) * (1 / len(powers))
+    mean = reduce(torch.add, powers) * (1 / len(STRIDES))
+    if len(powers) > len(STRIDES):
+        mean = mean.clamp_max(1)
     return F.interpolate(mean.sqrt().sqrt(), size, mode="bilinear")

@@ -151,7 +151,7 @@ def test_explanation_of_matching_over_the_whole_map(run, query, unaligned):
     model.coherent_matching, model.unaligned_matching, model.window_sizes = False, unaligned, (999, 999)
     found = explain(model, query[1])
     references = torch.tensor([found.references])
-    queries = model.describe(model.feature_extractor(query[1]))
+    queries = model.describe(model.feature_extractor(query[1]), query[1])
     for one, expected in zip(found.matches, model.match(queries, references), strict=True):
         torch.testing.assert_close(one.per_reference, expected[0], atol=1e-5, rtol=0)
     # What good parts show is what they are scored by: each as a query, with its own references.

@@ -677,7 +677,7 @@ def test_bank_is_never_stale(engine, tiny_model, tiny_datamodule):
     model.eval()
     items = tiny_datamodule.train_data
     images = torch.stack([model.pre_processor(item.image[None])[0] for item in items])
-    descriptors = model.model.describe(model.model.feature_extractor(images))
+    descriptors = model.model.describe(model.model.feature_extractor(images), images)
     for held, own in zip(model.model.bank.descriptors, descriptors, strict=True):
         assert torch.allclose(held, own, atol=1e-5)
 

@@ -30,6 +30,7 @@ def test_values_are_those_of_the_authors_code():
         "coherent_matching": False,
         "unaligned_matching": False,
         "averaged_descriptors": False,
+        "colour_matching": False,
         "relative_to_image": False,
         "codebook_size": 12,
         "blocks": 5,

@@ -101,9 +101,9 @@ def _blur(image):
 def test_averaged_descriptors_of_queries_and_bank(images):
     model, plain = make_model(images, averaged_descriptors=True), make_model(images)
     features = model.feature_extractor(images)
-    fine, coarse = plain.describe(features)
+    fine, coarse = plain.describe(features, images)
     mean = F.avg_pool2d(coarse, 3, 1, 1, count_include_pad=False)
-    for found in (model.describe(features), model.bank.descriptors):
+    for found in (model.describe(features, images), model.bank.descriptors):
         torch.testing.assert_close(found[0], fine, atol=1e-5, rtol=0)
         torch.testing.assert_close(found[1], F.normalize(mean, dim=1), atol=1e-5, rtol=0)
     assert model(images).pred_score.max() < 1e-5, "known images are normal"
