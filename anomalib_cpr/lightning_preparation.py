@@ -343,7 +343,8 @@ class Preparation(LightningModule):
         given, model = self._given_settings, self.model
         ways = {name: getattr(model, name) for name in ("coherent_matching", "unaligned_matching") if name in given}
         settled = len(ways) == 2 or any(ways.values())  # they exclude each other
-        decided = {"window_sizes", "averaged_descriptors", "colour_matching"} <= given
+        decided = {"window_sizes", "averaged_descriptors"} <= given
+        decided = decided and ("colour_matching" in given or not model.unaligned_matching)
         if settled and decided and self.recoloured_anomalies is not None:
             return 1.0
         chosen, references = surveyed(neighbours)

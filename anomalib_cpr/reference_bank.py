@@ -357,6 +357,7 @@ class ReferenceBank(nn.Module):
             self._finish_file()
         elif self.file is not None:
             self.clear()
+        self.colours = self.colours.new_zeros(0, COLOUR_CHANNELS, 0, 0)
         if colours is not None and scale is not None:
             kept = self._chosen_of(incoming) if "descriptors_1" in incoming else torch.arange(len(colours))
             self.colours = colours[kept.to(colours.device)].to(self.colours.device)

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cpr import Cpr, ExplanationVisualizer, explain_picture
 from anomalib_cpr.cli import main
 from anomalib_cpr.coarse_to_fine import match_scales
+from anomalib_cpr.colours import as_stored
 from anomalib_cpr.explain import (
     PatchAtScale,
     _judge,
@@ -27,8 +28,14 @@ from anomalib_cpr.explain import (
     peaks,
     usual_distances,
 )
-from anomalib_cpr.explain_picture import draw_explanation, shown_references
-from anomalib_cpr.gallery_pictures import ImageReader, find_training_images, identify_gallery, reference_pictures
+from anomalib_cpr.explain_picture import draw_explanation, save_explanation, shown_references
+from anomalib_cpr.gallery_pictures import (
+    ImageReader,
+    ReferencePicture,
+    find_training_images,
+    identify_gallery,
+    reference_pictures,
+)
 from anomalib_cpr.global_retrieval import histogram_distance
 from anomalib_cpr.matching import match
 from anomalib_cpr.outline import follow_edges
@@ -232,6 +239,29 @@ def test_a_hot_patch_is_followed_to_the_match_of_its_cell(run, query):
 def test_cause(own, others, good, unlike, cause):
     scales = [PatchAtScale((0, 0), (0, 0), 0, 0.25, [0.25], good)] * 2
     assert _judge(scales, own, others, unlike)[0] == cause
+    by_colour, verdict = _judge(scales, own, others, unlike, 0.81)
+    assert by_colour == ("background" if cause == "background" else "colour")
+    assert "0.81" in verdict or cause == "background"
+
+
+def test_a_wrong_colour_is_explained(run, query, tmp_path):
+    model = load(run[2], torch.device("cpu")).model
+    model.coherent_matching, model.unaligned_matching = False, True
+    bank = model.bank
+    bank.coloured, bank.colours = True, as_stored(torch.zeros(len(bank), 3, *bank.descriptors_2.shape[-2:]))
+    found = {}
+    for scale in (0.0, 8.0):
+        bank.colour_scale = torch.tensor(scale)
+        found[scale] = explain(model, query[1])
+        expected = model.match(model.describe(model.feature_extractor(query[1]), query[1]), torch.tensor([[0, 1, 2]]))
+        torch.testing.assert_close(found[scale].distances[2], expected[2][0].mean(0))
+        assert len(found[scale].matches) == 2
+        assert found[scale].shares[2] == 1, "colours are relative already"
+    assert "colour" not in {patch.cause for patch in found[0.0].patches}
+    assert "colour" in {patch.cause for patch in found[8.0].patches}
+    pictures = [ReferencePicture(str(rank)) for rank in range(3)]
+    save_explanation(found[8.0], torch.rand(3, *found[8.0].anomaly_map.shape), pictures, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_more_than_one_image_is_refused(run):

@@ -20,6 +20,7 @@ from anomalib.visualization.image.item_visualizer import visualize_image_item
 from conftest import TINY_BACKBONE, train_tiny
 
 from anomalib_cpr import export
+from anomalib_cpr.colours import as_stored
 from anomalib_cpr.global_retrieval import histogram_distance, smallest
 from anomalib_cpr.lightning_model import Cpr
 
@@ -61,7 +62,12 @@ def unaligned(checkpoint, tmp_path_factory):
     patch.setattr("anomalib_cpr.unaligned.ON_THE_WHOLE", 3)
     folder = tmp_path_factory.mktemp("unaligned")
     model = Cpr.load_from_checkpoint(checkpoint, weights_only=True, unaligned_matching=True, k=6)
-    model.model.bank.averaged = True  # a training would average those of the bank as well
+    # A training would average those of the bank as well, and know the colours of its images.
+    bank, generator = model.model.bank, torch.Generator().manual_seed(0)
+    bank.averaged = bank.coloured = True
+    cells = bank.descriptors_2.shape[-2:]
+    bank.colours = as_stored(torch.randn(len(bank), 3, *cells, generator=generator) * 0.2)
+    bank.colour_scale = torch.tensor(1.5)
     yield model.eval(), {"onnx": model.to_onnx(folder), "openvino": model.to_openvino(folder)}
     patch.undo()
 

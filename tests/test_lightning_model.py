@@ -186,12 +186,14 @@ def test_references_and_windows_are_chosen_by_evidence(
     assert model.model.coherent_matching is given.get("coherent_matching", aligned), "not for loose parts"
     assert model.model.unaligned_matching is (looks == 3.0)
     assert model.model.averaged_descriptors is (looks == 3.0), "only of loose parts"
+    assert model.model.colour_matching is (looks == 3.0)
+    assert (len(model.model.bank.colours) == 14) is (looks == 3.0)
     assert asked == [*(["looks"] if looks != "not asked" else []), *(["compares"] if values != "not asked" else [])]
 
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     loaded = Cpr.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     assert (loaded.model.k, loaded.model.window_sizes) == expected
-    assert loaded.model.averaged_descriptors is (looks == 3.0)
+    assert loaded.model.averaged_descriptors is loaded.model.colour_matching is (looks == 3.0)
     other = tiny_model(**{"k": None, **given})
     trainer.test(other, datamodule=datamodule, ckpt_path=str(checkpoint))
     assert (other.model.k, other.model.window_sizes) == expected
@@ -301,6 +303,28 @@ def test_descriptors_are_averaged_as_the_bank_of_a_checkpoint_is(
         Cpr.load_from_checkpoint(checkpoint, averaged_descriptors=not averaged)
     with pytest.raises(RuntimeError, match=message):
         tiny_model(averaged_descriptors=not averaged).load_state_dict(model.state_dict())
+
+
+def test_colours_are_weighed_by_good_images_and_stay_with_the_bank(engine, tiny_model, tiny_datamodule, tmp_path):
+    arguments = {"unaligned_matching": True, "colour_matching": True}
+    model = tiny_model(**arguments)
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    assert len(model.model.bank.colours) == len(model.model.bank)
+    scale = float(model.model.bank.colour_scale)
+    assert scale not in (0, 1)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    images = torch.rand(2, 3, 64, 64)
+    for given in ({}, {"colour_matching": None}, {"bank_dtype": "int4"}):
+        loaded = Cpr.load_from_checkpoint(checkpoint, **given).eval()
+        assert loaded.model.colour_matching
+        assert float(loaded.model.bank.colour_scale) == scale
+        if "bank_dtype" not in given:
+            assert torch.equal(loaded.model(images).anomaly_map, model.eval().model(images).anomaly_map)
+    message = "made with colour_matching=True, which a bank keeps"
+    with pytest.raises(RuntimeError, match=message):
+        Cpr.load_from_checkpoint(checkpoint, colour_matching=False)
+    with pytest.raises(RuntimeError, match="made with colour_matching=False"):
+        model.load_state_dict(tiny_model(unaligned_matching=True).state_dict())
 
 
 def test_parts_cannot_be_both_aligned_and_not(tiny_model):

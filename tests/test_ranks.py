@@ -204,8 +204,15 @@ def test_resumes_as_if_never_interrupted(two, root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{"bank_dtype": "int8", "max_references": 10}, {"bank_dtype": "int4"}])
-def test_smaller_banks(root, tmp_path, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bank_dtype": "int8", "max_references": 10},
+        {"bank_dtype": "int4"},
+        {"unaligned_matching": True, "colour_matching": True},
+    ],
+)
+def test_other_banks(root, tmp_path, arguments):
     first, second = launch(root, tmp_path, **arguments)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name

@@ -50,6 +50,55 @@ def test_that_descriptors_are_averaged_survives_a_state_dict(tmp_path, dtype, in
         assert len(other) == 3
 
 
+def with_colours(count=3, **storage):
+    """A bank that holds colours as well: 0 on the first image, 1 on the second, ..."""
+    bank, cells = filled(count, **storage), ((4, 6), (2, 3))
+    other = ReferenceBank(4, 6, 2, storage.get("dtype", "float32"), file=storage.get("file"))
+    other.coloured = True
+    other.histograms, other.foregrounds = bank.histograms, bank.foregrounds
+    generator = torch.Generator().manual_seed(count)
+    descriptors = [F.normalize(torch.randn(count, 4, *c, generator=generator), dim=1) for c in cells]
+    other.allocate(count, cells)
+    other.write(0, [*descriptors, torch.arange(count).float()[:, None, None, None].expand(-1, 4, 2, 3)])
+    other.keep(torch.arange(count))
+    other.colour_scale = torch.tensor(2.5)
+    return other
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_colours_survive_a_state_dict(tmp_path, dtype, in_a_file):
+    file = tmp_path / "bank" if in_a_file else None
+    bank, other = with_colours(dtype=dtype, file=file), ReferenceBank(4, 6, 2, dtype, file=file)
+    other.load_state_dict(bank.state_dict())
+    assert other.coloured
+    assert other.colour_scale == 2.5
+    assert torch.equal(other.colours, bank.colours)
+    assert other.colours.data_ptr() != bank.colours.data_ptr()
+    plain = filled(dtype=dtype)
+    assert "colours" not in plain.state_dict(), "a bank without colours is as it always was"
+    again = ReferenceBank(4, 6, 2, dtype)
+    again.load_state_dict(with_colours(dtype=dtype).state_dict())
+    again.load_state_dict(plain.state_dict())
+    assert (again.coloured, again.colours.numel()) == (False, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_colours_of_images_that_are_not_taken_over_are_forgotten(dtype):
+    bank, other = with_colours(count=9), ReferenceBank(4, 6, 2, dtype, max_references=4)
+    other.load_state_dict(bank.state_dict())
+    kept = [bank.histograms.eq(histogram).all((1, 2)).nonzero().item() for histogram in other.histograms]
+    assert len(kept) == 4
+    assert other.colours[:, 0, 0, 0].tolist() == kept
+
+
+def test_colours_of_another_number_of_images_are_refused():
+    state = with_colours().state_dict()
+    state["colours"] = state["colours"][:2]
+    with pytest.raises(RuntimeError, match="different numbers of images"):
+        ReferenceBank(4, 6, 2).load_state_dict(state)
+
+
 def test_loading_replaces_a_bank_of_another_size():
     bank = filled(count=5, cells=((8, 8), (4, 4)))
     bank.load_state_dict(filled(count=2).state_dict())

@@ -4,6 +4,7 @@ from conftest import TINY_BACKBONE
 from test_coherence import slow_coherent_distance
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cpr.colours import as_stored, colours_of
 from anomalib_cpr.outline import follow_edges
 from anomalib_cpr.preparation import describe_globally
 from anomalib_cpr.torch_model import CprModel
@@ -114,6 +115,53 @@ def test_averaged_descriptors_of_queries_and_bank(images):
     model.averaged_descriptors = True
     model.bank.clear()
     model.averaged_descriptors = False
+
+
+UNALIGNED = {"coherent_matching": False, "unaligned_matching": True}
+
+
+def test_colours_of_queries_and_bank(images):
+    model, plain = make_model(images, colour_matching=True, **UNALIGNED), make_model(images, **UNALIGNED)
+    features = model.feature_extractor(images)
+    *descriptors, colours = model.describe(features, images)
+    assert torch.equal(colours, as_stored(colours_of(images)))
+    assert torch.equal(model.bank.colours, colours)
+    assert len(plain.describe(features, images)) == len(descriptors) == 2
+    assert plain.bank.colours.numel() == 0
+    model.k = 1
+    assert model(images).pred_score.max() < 1e-3, "known images are normal"
+    with pytest.raises(ValueError, match="colour_matching=False: the bank was made with colours"):
+        model.colour_matching = False
+    with pytest.raises(ValueError, match="colour_matching=True: the bank was made without colours"):
+        plain.colour_matching = True
+    model.bank.clear()
+    model.colour_matching = False
+    assert model.bank.colours.numel() == 0
+
+
+def test_a_wrong_colour_raises_the_map_where_it_is(images):
+    """And colours that are in order change nothing at all."""
+    model = make_model(images, colour_matching=True, **UNALIGNED)
+    query = images[:1].clone()
+    query[..., 24:40, 40:56] += torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    assert len(model.match(model.describe(model.feature_extractor(query), query), torch.tensor([[0, 1, 2]]))) == 3
+    maps = {}
+    for scale in (0.0, 2.0):
+        model.bank.colour_scale = torch.tensor(scale)
+        maps[scale] = model(query)
+    added = (maps[2.0].anomaly_map - maps[0.0].anomaly_map)[0, 0]
+    assert maps[2.0].pred_score > maps[0.0].pred_score
+    assert added[24:40, 40:56].mean() > 5 * added[:, 80:].abs().mean()
+    plain = make_model(images, **UNALIGNED)
+    torch.testing.assert_close(maps[0.0].anomaly_map, plain(query).anomaly_map)
+    model.unaligned_matching = False
+    plain.unaligned_matching = False
+    assert torch.equal(model(query).anomaly_map, plain(query).anomaly_map), "of aligned parts colours do not count"
+
+
+def test_colours_need_unaligned_matching():
+    with pytest.raises(ValueError, match="colour_matching=True needs unaligned_matching=True"):
+        CprModel(backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, colour_matching=True)
 
 
 def test_known_images_are_normal(images):

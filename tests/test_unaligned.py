@@ -9,16 +9,16 @@ from anomalib_cpr.unaligned import average_neighbours, distance_to_several, fuse
 
 
 def slow_unaligned(distances, size, relative):
-    """In numpy: distances (k, height_i, width_i) of two scales, of one image."""
+    """In numpy: distances (k, height_i, width_i) of two scales, and of colours, of one image."""
     scales = []
     for level, scale in enumerate(distances):
         whole = scale.mean((1, 2)).argsort()[: 10 if level else None]
         mean = np.sort(scale[whole], axis=0)[:5].mean(0)
         halved = mean / 2
-        factor = 1 / np.sqrt(1 + halved.mean() / 0.01) if relative else 1
+        factor = 1 / np.sqrt(1 + halved.mean() / 0.01) if relative and level < 2 else 1
         cells = torch.from_numpy(halved * factor)[None, None]
         scales.append(F.interpolate(cells, distances[0].shape[-2:], mode="bilinear").numpy())
-    fused = ((scales[0] ** 4 + scales[1] ** 4) / 2) ** 0.25
+    fused = np.minimum(sum(scale**4 for scale in scales) / 2, 1) ** 0.25
     return F.interpolate(torch.from_numpy(fused), size, mode="bilinear")
 
 
@@ -43,10 +43,13 @@ def test_neighbours_that_cancel_out_are_no_direction():
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("k", [1, 4, 5, 10, 11, 40])
 @pytest.mark.parametrize("layout", ["references first", "references last"])
-def test_map_and_score(k, relative, layout):
+@pytest.mark.parametrize("coloured", [0, 1.2, 4])
+def test_map_and_score(k, relative, layout, coloured):
     generator = torch.Generator().manual_seed(0)
     height, width = size = (64, 80)
     distances = [0.6 * torch.rand(2, k, height // stride, width // stride, generator=generator) for stride in (4, 8)]
+    if coloured:
+        distances.append((coloured * torch.rand(2, min(k, 10), 8, 10, generator=generator)).clamp_max(2))
     foregrounds = torch.rand(2, 3, height // 4, width // 4, generator=generator)
     given = distances
     if layout == "references last":  # as they lie in memory after matching on a CPU
