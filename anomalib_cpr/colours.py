@@ -33,10 +33,10 @@ def colours_of(images: Tensor) -> Tensor:
     Returns:
         Tensor: 0 for the mean of the image, ``(batch, 3, height / 8, width / 8)``.
     """
-    mean, deviation = (
-        images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    cells = F.avg_pool2d(images, STRIDES[-1]) * deviation + mean
+    channels = F.avg_pool2d(images, STRIDES[-1]).unbind(1)
+    # By numbers, channel by channel: a tensor of them would be copied to a GPU in each prediction.
+    normalisation = zip(channels, IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN, strict=True)
+    cells = torch.stack([channel * deviation + mean for channel, deviation, mean in normalisation], 1)
     # As a power: OpenVINO rewrites a division, and forgets on the way that it may not be rounded.
     lamp = cells.mean((2, 3), keepdim=True).clamp_min(DARK).pow(-1.0)
     return F.avg_pool2d(cells, 3, stride=1, padding=1, count_include_pad=False) * lamp - 1

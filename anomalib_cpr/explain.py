@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from .alignment import spread
 from .coarse_to_fine import cells_around
 from .coherence import coherent_distance
+from .colours import distance_to_colours
 from .command_arguments import existing_file
 from .feature_extractor import STRIDES
 from .gallery_pictures import ImageReader, find_training_images, identify_gallery, image_files, reference_pictures
@@ -30,7 +31,7 @@ from .quantisation import restore
 from .relative import share_that_counts
 from .scoring import fuse
 from .torch_model import CprModel
-from .unaligned import ranks_on_the_whole, to_several_references
+from .unaligned import ON_THE_WHOLE, distance_to_several, ranks_on_the_whole, to_several_references
 
 logger = logging.getLogger(__name__)
 
@@ -445,7 +446,9 @@ def _follow(
     own, others = float(foreground[row, column]), float(reference_foregrounds[:, row, column].max())
     colour = None
     if len(enlarged) > len(STRIDES) and int(torch.stack([one[row, column] for one in enlarged]).argmax()) > 1:
+        usual = _colours_on_good_parts(model, references, (row // 2, column // 2), copies)
         colour = float(enlarged[-1][row, column])
+        colour = colour if colour > USUAL * max(usual, default=0.0) else None
     cause, verdict = _judge(scales, own, others, unlike, colour)
     return HotPatch(pixel, value, scales, own, others, cause, verdict)
 
@@ -474,6 +477,18 @@ def _distances_on_good_parts(
             cells = stored_descriptors(model, level, others, rows, columns).flatten(2)
         found.append(float((1 - torch.einsum("c,kcn->kn", patch, cells).max()).clamp(0, 2)))
     return found
+
+
+def _colours_on_good_parts(model: CprModel, references: Tensor, cell: tuple[int, int], copies: int) -> list[float]:
+    """The same of colours: how far that of a cell of stride 8 is from those anywhere on the nearest images."""
+    bank, (row, column) = model.bank, cell
+    if len(bank.histograms) <= copies:
+        return []
+    distances = _distances_to_others(bank.histograms, references, copies)
+    neighbours = distances.topk(min(ON_THE_WHOLE, len(bank.histograms) - copies), dim=1, largest=False).indices
+    own = bank.colours[references, :, row : row + 1, column : column + 1]
+    found = distance_to_several(distance_to_colours(own, bank.colours, neighbours))
+    return (found * bank.colour_scale).flatten().tolist()
 
 
 def _descriptor_of(model: CprModel, level: int, image: Tensor, row: int, column: int) -> Tensor:

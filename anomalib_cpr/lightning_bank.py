@@ -31,7 +31,7 @@ from .matching_choice import (
 from .memory import is_out_of_memory, return_freed_memory, smaller_bank
 from .progress import stage
 from .ranks import exchange
-from .reference_bank import AVERAGED, COLOUR_SCALE, COLOURS, key_of_file
+from .reference_bank import AVERAGED, COLOURS, key_of_file
 from .scoring_settings import apply_settings, settings_of
 from .synthetic_anomalies import SyntheticAnomalyGenerator
 from .training import TrainingData
@@ -83,9 +83,13 @@ class BankInCheckpoints(Preparation):
                     f"The reference bank of {bank.count_for(len(data.images))} images does not fit into the memory of "
                     f"{device} ({error}). Resume with a smaller one: {smaller_bank(device)}. No step is lost."
                 ) from error
-        self._decide_on_matching(data, in_bank, alone=alone)
-        if self.model.colour_matching and self.model.unaligned_matching:
-            self._weigh_colours(data, in_bank, alone=alone)
+        try:
+            self._decide_on_matching(data, in_bank, alone=alone)
+            if self.model.colour_matching and self.model.unaligned_matching:
+                self._weigh_colours(data, in_bank, alone=alone)
+        except BaseException:
+            self.drop_bank()  # a checkpoint of the interrupted training would have a bank that nothing was decided on
+            raise
 
     def drop_bank(self) -> None:
         """Free the descriptors of the training images."""
@@ -305,11 +309,10 @@ class BankInCheckpoints(Preparation):
                 f"it was made with averaged_descriptors={averaged}, which a bank keeps. Leave that argument out, "
                 "or train anew."
             )
-        parts.pop(COLOUR_SCALE, None)
         if "colour_matching" in self._given_settings and (COLOURS in parts) != self.model.colour_matching:
             return (
-                f"it was made with colour_matching={COLOURS in parts}, which a bank keeps. Leave that argument out, or "
-                "train anew."
+                f"it was made with colour_matching={COLOURS in parts}, which a bank keeps. Give colour_matching=None, "
+                "or train anew."
             )
         return self.model.bank.misfit(key_of_file(parts.pop(FILE_KEY, None)), parts)
 

@@ -36,7 +36,8 @@ class ReferenceBank(nn.Module):
     matching reads each of them in one piece.
 
     A bank of 4 bits also holds its foregrounds smaller, once it is complete: at stride 8, in 8 bits. With that, all of
-    it takes an eighth of the float32 bank.
+    it takes an eighth of the float32 bank. Colours, where they are held, come on top: 16 bytes per cell of stride 8, in
+    any bank, on the device of the model, and in its checkpoint even if the descriptors are in a file.
 
     Args:
         descriptor_channels (int): Channels of the descriptors.
@@ -66,6 +67,7 @@ class ReferenceBank(nn.Module):
     file_key: Tensor
     colours: Tensor
     colour_scale: Tensor
+    coloured = False  # also in models that were exported before there were colours
 
     def __init__(
         self,
@@ -188,7 +190,9 @@ class ReferenceBank(nn.Module):
             float: Megabytes.
         """
         per_cell = self._stored_channels(self.dtype) * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
-        return 1e-6 * self.count_for(count) * per_cell * sum(height * width for height, width in cells)
+        sizes = [height * width for height, width in cells]
+        colours = 4 * COLOUR_CHANNELS * sizes[-1] if self.coloured else 0
+        return 1e-6 * self.count_for(count) * (per_cell * sum(sizes) + colours)
 
     def allocate(self, count: int, cells: Sequence[tuple[int, int]]) -> None:
         """Make room for descriptors; what was held before is freed first, so that there are never two copies.
@@ -334,11 +338,8 @@ class ReferenceBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         """Take over a checkpoint, after checking that its parts fit each other and the configuration."""
-        incoming = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix) and name.removeprefix(prefix) in {*PARTS, "histograms", "foregrounds", COLOURS}
-        }
+        own = {prefix + name for name in (*PARTS, "histograms", "foregrounds", COLOURS, COLOUR_SCALE)}
+        incoming = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name in own}
         self._roots = None  # loading may copy into the same tensor
         key = key_of_file(state_dict.get(prefix + KEY))
         problem = self.misfit(key, incoming)
@@ -384,8 +385,10 @@ class ReferenceBank(nn.Module):
         Returns:
             str | None: None if nothing does.
         """
+        scale = incoming.pop(COLOUR_SCALE, None)
         return (
             self._map_file(key, incoming)
+            or self._odd_colours(incoming, scale)
             or self._misfit(incoming)
             or self._reduction_of_file(key, incoming)
             or self._file_of_others(key, incoming)
@@ -407,6 +410,18 @@ class ReferenceBank(nn.Module):
             return f"bank_file={str(self.file)!r} belongs to another checkpoint or another step of the training."
         incoming.update(tensors)
         return None
+
+    @staticmethod
+    def _odd_colours(incoming: dict[str, Tensor], scale: Tensor | None) -> str | None:
+        if (COLOURS in incoming) != (scale is not None):
+            return f"it has only one of {COLOURS} and {COLOUR_SCALE}."
+        if scale is not None and (scale.ndim or not 0 <= float(scale) < float("inf")):
+            return f"its {COLOUR_SCALE} is {scale.tolist()}; expected a number of 0 or more."
+        coarse = incoming.get("descriptors_2")
+        if scale is None or coarse is None or not len(coarse):
+            return None
+        found, expected = tuple(incoming[COLOURS].shape[1:]), (COLOUR_CHANNELS, *coarse.shape[-2:])
+        return None if found == expected else f"its {COLOURS} have shape {found}; expected {expected}."
 
     def _reduction_of_file(self, key: str | None, incoming: dict[str, Tensor]) -> str | None:
         count = len(incoming.get("descriptors_1", ()))

@@ -106,7 +106,8 @@ class CprModel(nn.Module):
         if colour_matching and not unaligned_matching:
             raise ValueError(
                 "colour_matching=True needs unaligned_matching=True: where parts lie alike, a place has its own "
-                "colours, which the heads learn."
+                "colours, which the heads learn. To match otherwise with a checkpoint that has colours, give "
+                "colour_matching=None."
             )
         if backbone_weights is not None and not pre_trained:
             raise ValueError(
@@ -263,15 +264,14 @@ class CprModel(nn.Module):
 
         Returns:
             list[Tensor]: Distances 0..2, ``(batch, k, height_i, width_i)``; where colours count, theirs to those
-                references that fit the image as a whole.
+                references that fit the image as a whole, 0 or more.
         """
         descriptors, held = queries[: len(STRIDES)], (self.bank.descriptors, references)
         distances = match_scales(descriptors, *held, self.window_sizes, self.bank.scales, fused=self.fused_matching)
         if not (self.colour_matching and self.unaligned_matching):
             return distances
         fitting = references.gather(1, ranks_on_the_whole(distances[-1]))
-        differences = distance_to_colours(queries[-1], self.bank.colours, fitting) * self.bank.colour_scale
-        return [*distances, differences.clamp_max(2)]
+        return [*distances, distance_to_colours(queries[-1], self.bank.colours, fitting) * self.bank.colour_scale]
 
     def score(self, distances: Sequence[Tensor], foregrounds: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly map and image score.

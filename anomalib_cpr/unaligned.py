@@ -80,7 +80,7 @@ def to_several_references(distances: Sequence[Tensor]) -> list[Tensor]:
             of colours, ``(batch, k, height_i, width_i)``.
 
     Returns:
-        list[Tensor]: In 0..2, of each of them, ``(batch, 1, height_i, width_i)``.
+        list[Tensor]: Of each of them, ``(batch, 1, height_i, width_i)``.
     """
     finest, *coarser = distances
     fitting = [
@@ -98,8 +98,8 @@ def fuse_plainer(distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     Colours come on top: they raise distances where they differ, and do not lower them where they do not.
 
     Args:
-        distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first, and distances 0..2 of colours
-            after them, if these count, ``(batch, 1, height_i, width_i)``.
+        distances (Sequence[Tensor]): Cosine distances 0..2 of each scale, finest first, and distances of colours, 0 or
+            more, after them, if these count, ``(batch, 1, height_i, width_i)``.
         size (tuple[int, int]): Height and width of the image, in pixels.
 
     Returns:

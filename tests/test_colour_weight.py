@@ -65,12 +65,24 @@ def test_with_that_scale_colours_make_no_good_image_an_anomaly(images):
     assert scores[True].max() < 1.3 * scores[False].max()
 
 
-def test_images_that_are_all_alike_leave_a_bound(images):
-    many = images[:1].repeat(4, 1, 1, 1)
-    many[0, :, 20:40, 20:40] += 1e-4
+def test_images_whose_colours_are_all_alike_leave_a_bound(images):
+    """They differ in stripes whose mean is 0 on every cell."""
+    stripes = torch.tensor([0.5, -0.5]).repeat(48)
+    many = images[:1] + stripes * torch.linspace(0, 1, 4)[:, None, None, None]
     model = make_model(many, **COLOURED)
     scale = colour_scale_of(model, TrainingImages(many, None), torch.arange(4))
-    assert 0 < scale <= 1 / (0.5 * LEAST_COLOUR)
+    assert 3 < scale <= 1 / (0.5 * LEAST_COLOUR), "one over next to nothing without the bound"
+
+
+def test_colours_far_beyond_the_mean_of_a_dark_image_are_weighed_as_they_are(images):
+    dark = images * 0.02
+    dark[:, :, 24:40, 40:56] = torch.linspace(0.2, 1, 5)[:, None, None, None]
+    normalised = (dark - 0.45) / 0.225
+    model = make_model(normalised, **COLOURED)
+    far = model.match(model.describe(model.feature_extractor(normalised), normalised), torch.tensor([[0]] * 5))[2]
+    assert far.max() > 2
+    model.bank.colour_scale = torch.tensor(colour_scale_of(model, TrainingImages(normalised, None), torch.arange(5)))
+    assert model(normalised).pred_score.max() < 0.5
 
 
 def test_a_single_image_has_nothing_to_compare_with(images):

@@ -327,6 +327,47 @@ def test_colours_are_weighed_by_good_images_and_stay_with_the_bank(engine, tiny_
         model.load_state_dict(tiny_model(unaligned_matching=True).state_dict())
 
 
+@pytest.mark.parametrize("stage", ["compare_matchings", "colour_scale_of"])
+def test_a_bank_that_nothing_was_decided_on_is_dropped(engine, tiny_model, tmp_path, monkeypatch, stage):
+    """So that the checkpoint of an interrupted training has a bank that was."""
+    for module in (lightning_preparation, lightning_bank):
+        monkeypatch.setattr(module, "ENOUGH_IMAGES", 6)
+    root = write_mvtec(tmp_path / "data", train=14)
+    datamodule = MVTecAD(root=root, category="screw", train_batch_size=2, eval_batch_size=4, num_workers=0)
+    asked, real = [], getattr(lightning_bank, stage)
+
+    def interrupted(*arguments):
+        asked.append(stage)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(lightning_bank, stage, interrupted)
+    model = tiny_model(k=None, unaligned_matching=True, colour_matching=True)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        engine(max_steps=1).fit(model, datamodule=datamodule)
+    (checkpoint,) = tmp_path.rglob("interrupted.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint)
+    assert len(asked) == 2
+    assert float(loaded.model.bank.colour_scale) not in (0, 1)
+    assert len(loaded.model.bank) == 14
+
+
+@pytest.mark.parametrize("arguments", [{"max_references": 4}, {"rotations": [90.0]}, {"bank_file": "bank"}])
+def test_colours_go_wherever_a_bank_goes(engine, tiny_model, tiny_datamodule, tmp_path, arguments):
+    if "bank_file" in arguments:
+        arguments = {"bank_file": str(tmp_path / "bank")}
+    model = tiny_model(unaligned_matching=True, colour_matching=True, **arguments)
+    engine(max_steps=1).fit(model, datamodule=tiny_datamodule)
+    bank = model.model.bank
+    assert len(bank.colours) == len(bank) == len(bank.histograms)
+    (checkpoint,) = (path for path in tmp_path.rglob("*.ckpt") if path.name == "model.ckpt")
+    loaded = Cpr.load_from_checkpoint(checkpoint).eval()
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.model(images).anomaly_map, model.eval().model(images).anomaly_map)
+    assert torch.equal(loaded.model.bank.colours, bank.colours)
+
+
 def test_parts_cannot_be_both_aligned_and_not(tiny_model):
     with pytest.raises(ValueError, match="coherent_matching=True contradicts unaligned_matching=True"):
         tiny_model(coherent_matching=True, unaligned_matching=True)

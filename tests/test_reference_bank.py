@@ -99,6 +99,30 @@ def test_colours_of_another_number_of_images_are_refused():
         ReferenceBank(4, 6, 2).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("colour_scale", None, "only one of colours and colour_scale"),
+        ("colours", None, "only one of colours and colour_scale"),
+        ("colour_scale", torch.tensor(-1.0), "its colour_scale is -1.0; expected a number of 0 or more"),
+        ("colour_scale", torch.tensor(float("nan")), "its colour_scale is nan"),
+        ("colour_scale", torch.ones(2), "its colour_scale is"),
+        ("colours", torch.zeros(3, 3, 2, 3), r"its colours have shape \(3, 2, 3\); expected \(4, 2, 3\)"),
+        ("colours", torch.zeros(3, 4, 4, 6), r"its colours have shape \(4, 4, 6\)"),
+    ],
+)
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_odd_colours_are_refused(tmp_path, entry, value, message, in_a_file):
+    file = tmp_path / "bank" if in_a_file else None
+    state, other = with_colours(file=file).state_dict(), ReferenceBank(4, 6, 2, file=file)
+    if value is None:
+        del state[entry]
+    else:
+        state[entry] = value
+    with pytest.raises(RuntimeError, match=message):
+        other.load_state_dict(state)
+
+
 def test_loading_replaces_a_bank_of_another_size():
     bank = filled(count=5, cells=((8, 8), (4, 4)))
     bank.load_state_dict(filled(count=2).state_dict())
