@@ -136,7 +136,7 @@ class Recalibrate(Callback):
         assert pl_module._training_data is not None  # noqa: S101, SLF001
         with torch.no_grad():
             for images in pl_module._training_data.images.batches(8, pl_module.device):  # noqa: SLF001
-                pl_module.model.describe(pl_module.model.feature_extractor(images), images)
+                pl_module.model.describe_scales(pl_module.model.feature_extractor(images))
         pl_module.model.bank.clear()
         pl_module.build_bank()
 

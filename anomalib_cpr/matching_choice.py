@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .alignment import spread
 from .coarse_to_fine import match_scales
-from .feature_extractor import STRIDES
 from .global_retrieval import histogram_distance
 from .matching import WHOLE_MAP
 from .scoring_settings import PAPER_SETTINGS
@@ -230,16 +229,14 @@ def compare_matchings(
         scores: dict[Matching, list[Tensor]] = {option: [] for option in options}
         for image in track(spread(len(images), ASKED_IMAGES).tolist()):
             good = images.take(torch.tensor([image]), device)
-            pictures = [images.normalize(good)]
-            features = model.feature_extractor(pictures[0])
+            features = model.feature_extractor(images.normalize(good))
             anomalous, mask = synthesise(good, model.foreground_estimator(features[0].float()), generator)
             if not mask.any():
                 continue
             others = photographs != image // images.copies
-            pictures.append(images.normalize(anomalous))
-            with_anomaly = model.feature_extractor(pictures[1])
+            with_anomaly = model.feature_extractor(images.normalize(anomalous))
             both = [torch.cat(scale) for scale in zip(features, with_anomaly, strict=True)]
-            for option, score in _scores(model, torch.cat(pictures), both, others, options):
+            for option, score in _scores(model, both, images.size, others, options):
                 scores[option].append(score.cpu())
     finally:
         model.train(was_training)
@@ -270,14 +267,13 @@ def held_out_references(model: CprModel, features: Tensor, others: Tensor, most:
 
 def _scores(
     model: CprModel,
-    images: Tensor,
     features: Sequence[Tensor],
+    size: tuple[int, int],
     others: Tensor,
     options: Sequence[Matching],
 ) -> Iterator[tuple[Matching, Tensor]]:
-    """Scores of normalised images and their F1 and F2, with ``others`` (bool, of the bank) as possible references."""
-    size = (images.shape[-2], images.shape[-1])
-    descriptors = model.describe(features, images)[: len(STRIDES)]
+    """Scores of images whose F1 and F2 are given, with ``others`` (bool, of the bank) as their possible references."""
+    descriptors = model.describe_scales(features)
     with full_precision(features[0].device):
         most = max(option.k for option in options)
         references, foregrounds = held_out_references(model, features[0], others, most)

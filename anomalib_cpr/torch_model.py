@@ -236,9 +236,20 @@ class CprModel(nn.Module):
             list[Tensor]: Unit vectors, ``(batch, descriptor_channels, height / stride_i, width / stride_i)``, float32;
                 then, with ``colour_matching``, colours as the bank stores them.
         """
-        fine, coarse = (head.describe(scale) for head, scale in zip(self.heads, features, strict=True))
-        descriptors = [fine, average_neighbours(coarse) if self.averaged_descriptors else coarse]
+        descriptors = self.describe_scales(features)
         return [*descriptors, as_stored(colours_of(images.float()))] if self.colour_matching else descriptors
+
+    def describe_scales(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Descriptors of both scales, without colours.
+
+        Args:
+            features (Sequence[Tensor]): As in :meth:`describe`.
+
+        Returns:
+            list[Tensor]: The first two of :meth:`describe`.
+        """
+        fine, coarse = (head.describe(scale) for head, scale in zip(self.heads, features, strict=True))
+        return [fine, average_neighbours(coarse) if self.averaged_descriptors else coarse]
 
     def retrieve(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The most similar training images, and where the object is on the query and on each of them.
